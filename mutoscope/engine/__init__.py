@@ -1,0 +1,1 @@
+"""The engine: requests in, frames out. It knows no HTTP, no database and no jobs."""

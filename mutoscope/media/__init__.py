@@ -1,0 +1,1 @@
+"""Reading and writing pictures and clips (PyAV, Pillow). Torch-free."""
