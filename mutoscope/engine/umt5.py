@@ -1,0 +1,168 @@
+"""The UMT5 text encoder.
+
+Papers: T5 (arXiv 1910.10683), UniMax/UMT5 (arXiv 2304.09151). Reference: Wan-Video/Wan2.1 `wan/modules/t5.py`.
+Parameter names are those of llama.cpp's `t5encoder` GGUF files.
+
+Axes: B batch, L tokens, D width, H heads, K head width.
+
+Details that have caused bugs:
+- no 1/sqrt(K) on the logits, no biases, no embedding scale;
+- every layer has its own relative position table;
+- float16 overflows in the feed-forward: use bfloat16 or float32;
+- padding is masked as a key and positions are relative, so encoding only the real tokens gives the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mutoscope.engine.attention import attend
+from mutoscope.errors import WeightError
+
+DEFAULT_HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    vocab_size: int
+    dim: int
+    ffn_dim: int
+    n_layers: int
+    n_heads: int
+    head_dim: int
+    n_buckets: int
+    max_distance: int = 128
+    eps: float = 1e-6
+
+    @classmethod
+    def from_tensors(cls, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]) -> UMT5Config:
+        """Read everything off the shapes of GGUF-named tensors; the relative table [buckets, heads] gives the heads."""
+        for name in ("token_embd.weight", "enc.blk.0.attn_q.weight", "enc.blk.0.attn_rel_b.weight"):
+            if name not in shapes:
+                raise WeightError(f"not a UMT5 encoder: tensor {name!r} is missing")
+        vocab, dim = shapes["token_embd.weight"]
+        n_buckets, n_heads = shapes["enc.blk.0.attn_rel_b.weight"]
+        inner = shapes["enc.blk.0.attn_q.weight"][0]
+        if inner % n_heads:
+            raise WeightError(f"UMT5: attention width {inner} is not divisible by {n_heads} heads")
+        return cls(
+            vocab_size=vocab,
+            dim=dim,
+            ffn_dim=shapes["enc.blk.0.ffn_gate.weight"][0],
+            n_layers=len({n.split(".")[2] for n in shapes if n.startswith("enc.blk.")}),
+            n_heads=n_heads,
+            head_dim=inner // n_heads,
+            n_buckets=n_buckets,
+            eps=float(metadata.get("t5encoder.attention.layer_norm_rms_epsilon", 1e-6)),
+        )
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The `t5encoder.*` keys that llama.cpp writes."""
+        return {
+            "general.architecture": "t5encoder",
+            "t5encoder.context_length": 512,
+            "t5encoder.embedding_length": self.dim,
+            "t5encoder.feed_forward_length": self.ffn_dim,
+            "t5encoder.block_count": self.n_layers,
+            "t5encoder.attention.head_count": self.n_heads,
+            "t5encoder.attention.key_length": self.head_dim,
+            "t5encoder.attention.value_length": self.head_dim,
+            "t5encoder.attention.relative_buckets_count": self.n_buckets,
+            "t5encoder.attention.layer_norm_rms_epsilon": self.eps,
+        }
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+
+
+def relative_buckets(n: int, n_buckets: int, max_distance: int) -> Tensor:
+    """Bucket of (key - query) for all pairs, int64 [L, L]: exact near zero, logarithmic up to `max_distance`."""
+    position = torch.arange(n)
+    relative = position[None, :] - position[:, None]
+    half = n_buckets // 2
+    exact = half // 2
+    distance = relative.abs()
+    log_ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (log_ratio * (half - exact)).long()).clamp(max=half - 1)
+    return half * (relative > 0).long() + torch.where(distance < exact, distance, far)
+
+
+class RelativeBias(nn.Module):
+    def __init__(self, n_buckets: int, n_heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_buckets, n_heads))
+
+    def forward(self, buckets_LL: Tensor) -> Tensor:
+        return self.weight.float()[buckets_LL].permute(2, 0, 1)[None]
+
+
+class Layer(nn.Module):
+    def __init__(self, c: UMT5Config) -> None:
+        super().__init__()
+        inner = c.n_heads * c.head_dim
+        self.attn_norm, self.ffn_norm = RMSNorm(c.dim, c.eps), RMSNorm(c.dim, c.eps)
+        self.attn_q, self.attn_k, self.attn_v = (nn.Linear(c.dim, inner, bias=False) for _ in range(3))
+        self.attn_o = nn.Linear(inner, c.dim, bias=False)
+        self.attn_rel_b = RelativeBias(c.n_buckets, c.n_heads)
+        self.ffn_gate, self.ffn_up = (nn.Linear(c.dim, c.ffn_dim, bias=False) for _ in range(2))
+        self.ffn_down = nn.Linear(c.ffn_dim, c.dim, bias=False)
+        self.n_heads = c.n_heads
+
+    def forward(self, x: Tensor, buckets: Tensor, key_bias: Tensor | None) -> Tensor:
+        n = self.attn_norm(x)
+        heads = (self.n_heads, -1)
+        q, k, v = (p(n).unflatten(-1, heads) for p in (self.attn_q, self.attn_k, self.attn_v))
+        bias = self.attn_rel_b(buckets)
+        if key_bias is not None:
+            bias = bias + key_bias
+        x = x + self.attn_o(attend(q, k, v, bias, scale=1.0).flatten(-2)).float()
+        n = self.ffn_norm(x)
+        return x + self.ffn_down(F.gelu(self.ffn_gate(n), approximate="tanh") * self.ffn_up(n)).float()
+
+
+class Stack(nn.Module):
+    def __init__(self, c: UMT5Config) -> None:
+        super().__init__()
+        self.blk = nn.ModuleList([Layer(c) for _ in range(c.n_layers)])
+        self.output_norm = RMSNorm(c.dim, c.eps)
+
+
+class UMT5Encoder(nn.Module):
+    """Token ids to one float32 row per token."""
+
+    FLOAT32: tuple[str, ...] = ()
+
+    def __init__(self, config: UMT5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embd = nn.Embedding(config.vocab_size, config.dim)
+        self.enc = Stack(config)
+
+    def forward(self, ids_BL: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """ids [B, L] to rows [B, L, D]; with `lengths`, later tokens are not attended to (their rows mean nothing)."""
+        c = self.config
+        n = ids_BL.shape[1]
+        x = self.token_embd(ids_BL).float()
+        buckets = relative_buckets(n, c.n_buckets, c.max_distance).to(x.device)
+        key_bias = None
+        if lengths is not None and min(lengths) < n:
+            real = torch.arange(n, device=x.device)[None] < torch.as_tensor(lengths, device=x.device)[:, None]
+            key_bias = torch.where(real, 0.0, -math.inf)[:, None, None, :]
+        for layer in self.enc.blk:
+            x = layer(x, buckets, key_bias)
+        return self.enc.output_norm(x)

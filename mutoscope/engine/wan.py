@@ -1,0 +1,337 @@
+"""The Wan 2.1 diffusion transformer with the VACE side branch.
+
+Papers: "Wan" (arXiv 2503.20314), "VACE: All-in-One Video Creation and Editing" (arXiv 2503.07598).
+Reference: Wan-Video/Wan2.1 `wan/modules/model.py`, `wan/modules/vace_model.py`; parameter names are those of the
+official checkpoint, which the community's GGUF files keep.
+
+Axes: B batch, L tokens (time-major, then rows, then columns), S text keys, H heads, D width, E text width.
+
+The residual stream and all modulation are float32; linear layers run in the compute dtype of their weights.
+
+Details that have caused bugs:
+- RMS norm of q and k is over the whole width D, before the split into heads;
+- rotary pairs are interleaved (2i, 2i+1); the head's dims are shared out as d - 4*(d//6), 2*(d//6), 2*(d//6) to
+  time, rows, columns;
+- modulation order is shift, scale, gate for attention, then the same for the feed-forward; the head adds e, not e0;
+- the official text is padded to 512 rows and *nothing is masked*: all padding rows share one key, so they are
+  computed once and their number enters as a logit bias of log(count), which is exact;
+- the output patch is (1, 2, 2, C) with C fastest, while the input patch is (C, 1, 2, 2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mutoscope.engine.attention import attend
+from mutoscope.errors import WeightError
+
+DEFAULT_HEAD_DIM = 128
+DEFAULT_TEXT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Everything that shapes the network.
+
+    `text_length` is the number of text rows that the model was trained to attend to, padding included; 0 means that
+    it was trained with padding masked. `vace_layers` are the main blocks that receive a hint.
+    """
+
+    dim: int
+    ffn_dim: int
+    n_heads: int
+    n_layers: int
+    in_dim: int
+    out_dim: int
+    text_dim: int
+    freq_dim: int
+    text_length: int = DEFAULT_TEXT_LENGTH
+    vace_layers: tuple[int, ...] = ()
+    vace_in_dim: int = 0
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @classmethod
+    def from_tensors(cls, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]) -> WanConfig:
+        """Infer the configuration from official tensor names; `wan.*` metadata keys override what shapes cannot tell."""
+
+        def shape(name: str) -> Sequence[int]:
+            if name not in shapes:
+                raise WeightError(f"not a Wan model: tensor {name!r} is missing",
+                                  hint="Expected the official (GGUF) or diffusers tensor names of Wan 2.1.")  # fmt: skip
+            return shapes[name]
+
+        def count(prefix: str) -> int:
+            return len({n.split(".")[1] for n in shapes if n.startswith(prefix)})
+
+        dim = shape("head.modulation")[-1]
+        n_heads = int(metadata.get("wan.attention.head_count", dim // DEFAULT_HEAD_DIM))
+        if n_heads <= 0 or dim % n_heads or (dim // n_heads) % 2:
+            raise WeightError(f"width {dim} cannot be split into {n_heads} heads")
+        patch_in = math.prod(shape("patch_embedding.weight")) // dim // 4
+        n_layers, n_vace = count("blocks."), count("vace_blocks.")
+        layers: tuple[int, ...] = ()
+        vace_in = 0
+        if n_vace:
+            stated = metadata.get("wan.vace.layers")
+            if stated is not None:
+                layers = tuple(int(i) for i in stated)
+            else:
+                layers = tuple(range(0, n_layers, max(1, n_layers // n_vace)))[:n_vace]
+            if len(layers) != n_vace or any(not 0 <= i < n_layers for i in layers):
+                raise WeightError(f"{n_vace} VACE blocks cannot be attached to {n_layers} layers (got {layers})")
+            vace_in = math.prod(shape("vace_patch_embedding.weight")) // dim // 4
+        return cls(
+            dim=dim,
+            ffn_dim=shape("blocks.0.ffn.0.weight")[0],
+            n_heads=n_heads,
+            n_layers=n_layers,
+            in_dim=patch_in,
+            out_dim=shape("head.head.weight")[0] // 4,
+            text_dim=shape("text_embedding.0.weight")[1],
+            freq_dim=shape("time_embedding.0.weight")[1],
+            text_length=int(metadata.get("wan.text_length", DEFAULT_TEXT_LENGTH)),
+            vace_layers=layers,
+            vace_in_dim=vace_in,
+        )
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The keys that `from_tensors` needs beside the shapes."""
+        out: dict[str, Any] = {"wan.attention.head_count": self.n_heads, "wan.text_length": self.text_length}
+        if self.vace_layers:
+            out["wan.vace.layers"] = list(self.vace_layers)
+        return out
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Keys and values of the prompt for every cross-attention, [B, S, H, D/H] each, computed once per clip."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    bias_B11S: Tensor | None
+
+    def slice(self, start: int, stop: int) -> TextContext:
+        bias = None if self.bias_B11S is None else self.bias_B11S[start:stop]
+        return TextContext([k[start:stop] for k in self.keys], [v[start:stop] for v in self.values], bias)
+
+
+@dataclass(frozen=True)
+class TimeModulation:
+    """e [B, D] for the head and e0 [B, 6, D] for the blocks, float32."""
+
+    e: Tensor
+    e0: Tensor
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0, device: Any = None) -> Tensor:
+    """Angles of 3-D rotary embedding as (cos, sin): float32 [2, L, head_dim / 2] for a grid of (F, H, W) tokens."""
+    d_h = d_w = 2 * (head_dim // 6)
+    parts = []
+    for axis, (n, d) in enumerate(zip(grid, (head_dim - d_h - d_w, d_h, d_w), strict=True)):
+        freq = theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+        angle = torch.arange(n, dtype=torch.float64)[:, None] * freq
+        shape = [1, 1, 1, -1]
+        shape[axis] = n
+        parts.append(angle.view(shape).expand(*grid, -1))
+    angles = torch.cat(parts, dim=-1).flatten(0, 2)
+    return torch.stack((angles.cos(), angles.sin())).float().to(device)
+
+
+def apply_rope(x_BLHD: Tensor, rope: Tensor) -> Tensor:
+    """Rotate interleaved pairs of [B, L, H, D] by the table of `rope_table`."""
+    cos, sin = rope[0, None, :, None, :], rope[1, None, :, None, :]
+    even, odd = x_BLHD.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, n_heads: int, eps: float) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        heads = (self.n_heads, -1)
+        v = self.v(x).unflatten(-1, heads)
+        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope).to(v.dtype)
+        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope).to(v.dtype)
+        return self.o(attend(q, k, v).flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, dim: int, n_heads: int, eps: float) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def keys_values(self, text_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        heads = (self.n_heads, -1)
+        v = self.v(text_BSD).unflatten(-1, heads)
+        return self.norm_k(self.k(text_BSD)).unflatten(-1, heads).to(v.dtype), v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.n_heads, -1)).to(v.dtype)
+        return self.o(attend(q, k, v, bias).flatten(-2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attn = SelfAttention(dim, config.n_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = CrossAttention(dim, config.n_heads, eps)
+        self.ffn = nn.ModuleDict({"0": nn.Linear(dim, config.ffn_dim), "2": nn.Linear(config.ffn_dim, dim)})
+        self.eps = eps
+
+    def forward(self, x: Tensor, e0: Tensor, rope: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """One block on the float32 residual stream x [B, L, D]."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.float() + e0).unsqueeze(2).unbind(1)
+        width = (x.shape[-1],)
+        y = self.self_attn(F.layer_norm(x, width, eps=self.eps) * (1 + scale_a) + shift_a, rope)
+        x = x + y.float() * gate_a
+        x = x + self.cross_attn(self.norm3(x), k, v, bias).float()
+        y = self.ffn["0"](F.layer_norm(x, width, eps=self.eps) * (1 + scale_f) + shift_f)
+        y = self.ffn["2"](F.gelu(y, approximate="tanh"))
+        return x + y.float() * gate_f
+
+
+class VaceBlock(Block):
+    def __init__(self, config: WanConfig, index: int) -> None:
+        super().__init__(config)
+        self.before_proj = nn.Linear(config.dim, config.dim) if index == 0 else None
+        self.after_proj = nn.Linear(config.dim, config.dim)
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution with kernel = stride = (1, 2, 2), done as one matrix product in float32."""
+
+    def __init__(self, c_in: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim, c_in, 1, 2, 2) / (4 * c_in) ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x_BCFHW: Tensor) -> Tensor:
+        patches = x_BCFHW.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 2, 3, 5, 1, 4, 6)
+        return F.linear(patches.flatten(4).flatten(1, 3).float(), self.weight.flatten(1), self.bias)
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.head = nn.Linear(config.dim, 4 * config.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.eps = config.eps
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + e[:, None]).unsqueeze(2).unbind(1)
+        return self.head(F.layer_norm(x, (x.shape[-1],), eps=self.eps) * (1 + scale) + shift).float()
+
+
+class WanModel(nn.Module):
+    """Predicts the flow velocity (noise - clean) of latents [B, C, F, H, W] at a noise level."""
+
+    FLOAT32 = ("patch_embedding", "vace_patch_embedding", "time_embedding", "time_projection", "text_embedding", "head")
+    """Parts that always run in float32: their cost is nothing and their error goes everywhere."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim)
+        self.text_embedding = nn.ModuleDict({"0": nn.Linear(config.text_dim, dim), "2": nn.Linear(dim, dim)})
+        self.time_embedding = nn.ModuleDict({"0": nn.Linear(config.freq_dim, dim), "2": nn.Linear(dim, dim)})
+        self.time_projection = nn.ModuleDict({"1": nn.Linear(dim, 6 * dim)})
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
+        self.head = Head(config)
+        if config.vace_layers:
+            self.vace_patch_embedding = PatchEmbedding(config.vace_in_dim, dim)
+            self.vace_blocks = nn.ModuleList([VaceBlock(config, m) for m in range(len(config.vace_layers))])
+
+    def time_modulation(self, t_B: Tensor) -> TimeModulation:
+        """Noise levels 0..1000, [B], to the modulation of all blocks; depends on nothing else, so made once per schedule."""
+        half = self.config.freq_dim // 2
+        freq = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t_B.device) / half)
+        angle = t_B.double()[:, None] * freq
+        emb = torch.cat((angle.cos(), angle.sin()), dim=1).float()
+        e = self.time_embedding["2"](F.silu(self.time_embedding["0"](emb))).float()
+        return TimeModulation(e, self.time_projection["1"](F.silu(e)).float().unflatten(1, (6, -1)))
+
+    def text_context(self, rows_BSE: Tensor, lengths: Sequence[int], *, vace: bool = True) -> TextContext:
+        """Encoder rows [B, S, E] of which the first lengths[b] are real, to keys and values for every block.
+
+        Rows after the length are ignored. With `text_length` set, the official padding is added as one key per
+        sample whose logit carries log(number of padding rows).
+        """
+        n = int(max(lengths))
+        rows = rows_BSE[:, :n]
+        bias = rows.new_zeros(len(lengths), n, dtype=torch.float32)
+        for b, length in enumerate(lengths):
+            bias[b, length:] = -math.inf
+        pad_rows = [max(0, self.config.text_length - length) for length in lengths]
+        if any(pad_rows):
+            rows = torch.cat((rows, rows.new_zeros(rows.shape[0], 1, rows.shape[2])), dim=1)
+            extra = torch.tensor([[math.log(p) if p else -math.inf] for p in pad_rows], device=rows.device)
+            bias = torch.cat((bias, extra), dim=1)
+        text = self.text_embedding["2"](F.gelu(self.text_embedding["0"](rows), approximate="tanh"))
+        blocks = [*self.blocks, *(self.vace_blocks if vace and self.config.vace_layers else ())]
+        pairs = [block.cross_attn.keys_values(text) for block in blocks]
+        needs_bias = bool((bias != 0).any())
+        return TextContext([k for k, _ in pairs], [v for _, v in pairs], bias[:, None, None, :] if needs_bias else None)
+
+    def vace_tokens(self, context_BCFHW: Tensor) -> Tensor:
+        """The VACE context [B, 96, F, H, W] as tokens [B, L, D]; the same in every step."""
+        return self.vace_patch_embedding(context_BCFHW)
+
+    def forward(
+        self,
+        x_BCFHW: Tensor,
+        time: TimeModulation,
+        text: TextContext,
+        rope: Tensor,
+        vace_BLD: Tensor | None = None,
+        vace_strength: float = 1.0,
+    ) -> Tensor:
+        """Velocity, float32, of the shape of x. `vace_BLD` comes from `vace_tokens`; None skips the side branch."""
+        b, _, f, h, w = x_BCFHW.shape
+        x = self.patch_embedding(x_BCFHW)
+        e0 = time.e0
+        n = self.config.n_layers
+        hints = {i: m for m, i in enumerate(self.config.vace_layers)} if vace_BLD is not None else {}
+        if vace_BLD is not None:
+            c = self.vace_blocks[0].before_proj(vace_BLD).float() + x
+        for i, block in enumerate(self.blocks):
+            x = block(x, e0, rope, text.keys[i], text.values[i], text.bias_B11S)
+            if i in hints:
+                m = hints[i]
+                side = self.vace_blocks[m]
+                c = side(c, e0, rope, text.keys[n + m], text.values[n + m], text.bias_B11S)
+                x = x + side.after_proj(c).float() * vace_strength
+        out = self.head(x, time.e)
+        out = out.view(b, f, h // 2, w // 2, 2, 2, self.config.out_dim)
+        return out.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, self.config.out_dim, f, h, w)
