@@ -1,0 +1,229 @@
+"""UMT5 tokenizer, rebuilt from the metadata of a GGUF file.
+
+A sentencepiece unigram vocabulary travels in the keys `tokenizer.ggml.*` that llama.cpp's T5 converter writes.
+From them we assemble the same normaliser, pre-tokenizer and model that `transformers` assembles from the
+sentencepiece file, so that ids equal the ones Wan was trained with (Wan2.1 9737cba, `wan/modules/tokenizers.py`,
+uses the fast HF tokenizer of google/umt5-xxl).
+
+Details that have caused bugs, here or elsewhere:
+- Without the precompiled charsmap there is no NFKC: the full-width punctuation of the Chinese negative prompt
+  turns into other ids.
+- The vocabulary is padded with "[PAD0]", "[PAD1]" ... of score -10000. An unknown character costs 10 more than
+  the worst piece, so padding must not reach the model: it would make unknowns cost 10010.
+- `unknown_token_id` is missing or wrong in some files; the one token of type UNKNOWN decides.
+- UMT5 has byte pieces, but the fast HF tokenizer, hence Wan's training, never falls back to them: a run of
+  unknown characters becomes one <unk>.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import Any
+
+import ftfy
+import numpy as np
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
+
+from mutoscope.errors import WeightError
+
+KEY = "tokenizer.ggml."
+MAX_LENGTH = 512
+"""Tokens of text the Wan models read, </s> included."""
+
+_METASPACE = "▁"
+
+
+class TokenType(IntEnum):
+    """Meaning of `tokenizer.ggml.token_type`, the numbers of sentencepiece."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def clean_text(text: str) -> str:
+    """Tidy a prompt as the official code does: mojibake, HTML entities (twice), white space. Keeps case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class Tokenizer:
+    """Text to UMT5 ids. Immutable once built.
+
+    vocab_size counts the padding entries too: it is the number of rows of the embedding table.
+    """
+
+    def __init__(
+        self, backend: HFTokenizer, *, vocab_size: int, pad_id: int, eos_id: int, unk_id: int
+    ) -> None:
+        self._backend = backend
+        self.vocab_size = vocab_size
+        self.pad_id = pad_id
+        self.eos_id = eos_id
+        self.unk_id = unk_id
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """Build from GGUF metadata; arrays may be lists or numpy arrays.
+
+        Raises WeightError when a key is missing or the entries contradict each other.
+        """
+        kind = metadata.get(KEY + "model")
+        if kind != "t5":
+            raise WeightError(
+                f"{KEY}model: got {kind!r} but 't5' expected (a sentencepiece unigram vocabulary).",
+                hint="Use a UMT5 GGUF file that carries its tokenizer.",
+            )
+        tokens = _tokens(metadata)
+        scores = _numbers(metadata, "scores", np.float64, len(tokens))
+        types = _numbers(metadata, "token_type", np.int64, len(tokens))
+        if not np.isfinite(scores).all():
+            raise WeightError(f"{KEY}scores: entry {np.argmin(np.isfinite(scores))} is not a finite number.")
+        unk_id = _unknown_id(metadata, types)
+        backend = HFTokenizer(models.Unigram(_vocabulary(tokens, scores, types), unk_id, byte_fallback=False))
+        collapse = _flag(metadata, "remove_extra_whitespaces")
+        backend.normalizer = normalizers.Sequence(_normalizers(metadata, collapse=collapse))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement=_METASPACE,
+            prepend_scheme="always" if _flag(metadata, "add_space_prefix") else "never",
+        )
+        backend.add_tokens(_added_tokens(tokens, types))
+        return cls(
+            backend,
+            vocab_size=len(tokens),
+            pad_id=_id(metadata, "padding_token_id", 0, len(tokens)),
+            eos_id=_id(metadata, "eos_token_id", 1, len(tokens)),
+            unk_id=unk_id,
+        )
+
+    def encode(self, text: str, max_length: int = MAX_LENGTH) -> list[int]:
+        """Ids of `text`, at most max_length, the last one always </s>. Neither padded nor cleaned."""
+        if max_length < 1:
+            raise ValueError(f"max_length {max_length}: at least 1 expected, the place of </s>")
+        return [*self._encoding(text).ids[: max_length - 1], self.eos_id]
+
+    def pieces(self, text: str) -> list[str]:
+        """How `text` is cut, in words a person can read; without </s> and not truncated."""
+        return list(self._encoding(text).tokens)
+
+    def _encoding(self, text: str) -> Any:
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            # The Rust side walks the charsmap without bounds checks of its own and panics on a damaged one.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise WeightError(f"{KEY}precompiled_charsmap is damaged: {error}") from error
+
+
+def _tokens(metadata: Mapping[str, Any]) -> list[str]:
+    """The pieces in id order."""
+    raw = metadata.get(KEY + "tokens")
+    if raw is None or isinstance(raw, str) or not len(raw):
+        raise WeightError(f"{KEY}tokens: missing or empty, a list of pieces expected.")
+    tokens = list(raw)
+    odd = next((i for i, token in enumerate(tokens) if not isinstance(token, str)), None)
+    if odd is not None:
+        raise WeightError(f"{KEY}tokens: entry {odd} is {type(tokens[odd]).__name__}, text expected.")
+    return tokens
+
+
+def _numbers(metadata: Mapping[str, Any], name: str, dtype: type[np.generic], count: int) -> np.ndarray:
+    """The array `name` with one number per token."""
+    raw = metadata.get(KEY + name)
+    if raw is None:
+        raise WeightError(f"{KEY}{name}: missing, {count} entries expected, one per token.")
+    try:
+        values = np.asarray(raw, dtype=dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise WeightError(f"{KEY}{name}: numbers expected ({error}).") from error
+    if values.shape != (count,):
+        raise WeightError(f"{KEY}{name}: shape {list(values.shape)} but {[count]} expected, one per token.")
+    return values
+
+
+def _flag(metadata: Mapping[str, Any], name: str) -> bool:
+    """A yes/no key; both that we read are true in T5 vocabularies and when absent."""
+    value = metadata.get(KEY + name, True)
+    if not isinstance(value, (bool, np.bool_)):
+        raise WeightError(f"{KEY}{name}: got {value!r} but true or false expected.")
+    return bool(value)
+
+
+def _id(metadata: Mapping[str, Any], name: str, default: int, count: int) -> int:
+    """A token id within the vocabulary."""
+    value = metadata.get(KEY + name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < count:
+        raise WeightError(f"{KEY}{name}: got {value!r} but an id from 0 to {count - 1} expected.")
+    return int(value)
+
+
+def _unknown_id(metadata: Mapping[str, Any], types: np.ndarray) -> int:
+    """The token of type UNKNOWN; the metadata key only where the types name none or several."""
+    (marked,) = np.nonzero(types == TokenType.UNKNOWN)
+    if len(marked) == 1:
+        return int(marked[0])
+    if KEY + "unknown_token_id" not in metadata:
+        raise WeightError(
+            f"{KEY}token_type: {len(marked)} tokens of type UNKNOWN but one expected, "
+            f"and {KEY}unknown_token_id is missing."
+        )
+    return _id(metadata, "unknown_token_id", 0, len(types))
+
+
+def _vocabulary(tokens: Sequence[str], scores: np.ndarray, types: np.ndarray) -> list[tuple[str, float]]:
+    """(piece, score) in id order, with padding taken out of reach.
+
+    Padding at the end is dropped. An UNUSED piece further forward keeps its id, but gets a name that no text
+    matches (spaces are gone before the model looks) and a score that does not move the price of unknowns.
+    """
+    (used,) = np.nonzero(types != TokenType.UNUSED)
+    if not len(used):
+        raise WeightError(f"{KEY}token_type: every one of the {len(types)} tokens is UNUSED.")
+    end = int(used[-1]) + 1
+    vocabulary = list(zip(tokens[:end], scores[:end].tolist(), strict=True))
+    lowest = float(scores[used].min())
+    for i in np.nonzero(types[:end] == TokenType.UNUSED)[0].tolist():
+        vocabulary[i] = (f" {i}", lowest)
+    return vocabulary
+
+
+def _normalizers(metadata: Mapping[str, Any], *, collapse: bool) -> list[Any]:
+    """The charsmap (NFKC and more, as trained) and, if asked for, single spaces with none at the ends."""
+    steps: list[Any] = []
+    charsmap = metadata.get(KEY + "precompiled_charsmap")
+    if charsmap is not None and len(charsmap):
+        steps.append(normalizers.Precompiled(_charsmap(charsmap)))
+    if collapse:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(r"\s+"), " ")]
+    return steps
+
+
+def _charsmap(raw: Any) -> bytes:
+    """Checked bytes: uint32 length of the trie, the trie (uint32 units), the texts it points to."""
+    values = np.frombuffer(raw, np.uint8) if isinstance(raw, bytes) else np.asarray(raw)
+    if values.ndim != 1 or values.dtype.kind not in "iu" or values.min() < -128 or values.max() > 255:
+        raise WeightError(f"{KEY}precompiled_charsmap: got {values.dtype} values but bytes expected.")
+    data = (values & 0xFF).astype(np.uint8).tobytes()  # some writers store bytes as int8
+    trie_bytes = int.from_bytes(data[:4], "little")
+    if trie_bytes % 4 or not 0 < trie_bytes <= len(data) - 4:
+        raise WeightError(
+            f"{KEY}precompiled_charsmap: a trie of {trie_bytes} bytes announced in {len(data)}; damaged or cut off."
+        )
+    return data
+
+
+def _added_tokens(tokens: Sequence[str], types: np.ndarray) -> list[AddedToken]:
+    """Pieces matched in the raw text before anything else: <pad>, </s>, <extra_id_0> ..."""
+    whole = np.isin(types, (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED))
+    return [
+        AddedToken(tokens[i], normalized=False, special=bool(types[i] != TokenType.USER_DEFINED))
+        for i in np.nonzero(whole)[0].tolist()
+    ]
