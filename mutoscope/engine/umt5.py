@@ -15,7 +15,8 @@ Details that have caused bugs:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,56 @@ from torch import Tensor, nn
 from mutoscope.engine.attention import attend
 from mutoscope.errors import WeightError
 
-DEFAULT_HEAD_DIM = 64
+_ROOT = {
+    "shared.": "token_embd.",  # transformers
+    "encoder.embed_tokens.": "token_embd.",
+    "encoder.final_layer_norm.": "enc.output_norm.",
+    "token_embedding.": "token_embd.",  # Wan's .pth
+    "norm.": "enc.output_norm.",
+}
+_LAYER = re.compile(r"(?:encoder\.block|blocks)\.(\d+)\.(.+)\.weight")
+_PARTS = {
+    "layer.0.layer_norm": "attn_norm",  # transformers
+    "layer.0.SelfAttention.q": "attn_q",
+    "layer.0.SelfAttention.k": "attn_k",
+    "layer.0.SelfAttention.v": "attn_v",
+    "layer.0.SelfAttention.o": "attn_o",
+    "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b",
+    "layer.1.layer_norm": "ffn_norm",
+    "layer.1.DenseReluDense.wi_0": "ffn_gate",
+    "layer.1.DenseReluDense.wi_1": "ffn_up",
+    "layer.1.DenseReluDense.wo": "ffn_down",
+    "norm1": "attn_norm",  # Wan's .pth
+    "attn.q": "attn_q",
+    "attn.k": "attn_k",
+    "attn.v": "attn_v",
+    "attn.o": "attn_o",
+    "pos_embedding.embedding": "attn_rel_b",
+    "norm2": "ffn_norm",
+    "ffn.gate.0": "ffn_gate",
+    "ffn.fc1": "ffn_up",
+    "ffn.fc2": "ffn_down",
+}
+
+
+def our_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of a file (llama.cpp, transformers or Wan's .pth) to those of `UMT5Encoder`; unknown ones stay as they are.
+
+    transformers may store the embedding twice under two names; the second is left out.
+    """
+    names = list(names)
+
+    def translate(name: str) -> str:
+        for theirs, ours in _ROOT.items():
+            if name.startswith(theirs):
+                return ours + name.removeprefix(theirs)
+        match = _LAYER.fullmatch(name)
+        if match and match[2] in _PARTS:
+            return f"enc.blk.{match[1]}.{_PARTS[match[2]]}.weight"
+        return name
+
+    tied = {"encoder.embed_tokens.weight"} if "shared.weight" in names else set()
+    return {name: translate(name) for name in names if name not in tied}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ Details that have caused bugs:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,54 @@ WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 TEMPORAL_STRIDE = 4
 SPATIAL_STRIDE = 8
+
+# diffusers' AutoencoderKLWan.
+_DIFFUSERS_ROOT = {"quant_conv.": "conv1.", "post_quant_conv.": "conv2."}
+_DIFFUSERS_INNER = {
+    ".conv_in.": ".conv1.",
+    ".norm_out.": ".head.0.",
+    ".conv_out.": ".head.2.",
+    ".mid_block.resnets.0.": ".middle.0.",
+    ".mid_block.attentions.0.": ".middle.1.",
+    ".mid_block.resnets.1.": ".middle.2.",
+    ".down_blocks.": ".downsamples.",
+}
+_DIFFUSERS_RESNET = {
+    ".norm1.": ".residual.0.",
+    ".conv1.": ".residual.2.",
+    ".norm2.": ".residual.3.",
+    ".conv2.": ".residual.6.",
+    ".conv_shortcut.": ".shortcut.",
+}
+_UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.")
+
+
+def our_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of a file (official or diffusers) to the parameter names of `WanVAE`; unknown ones stay as they are.
+
+    diffusers counts the decoder's layers per level, we count through: its number of residual blocks per level is read
+    off the names.
+    """
+    names = list(names)
+    found = [match.groups() for match in map(_UP_BLOCK.match, names) if match]
+    per_level = 2 + max((int(j) for _, kind, j in found if kind == "resnets"), default=-2)
+
+    def flat_index(match: re.Match[str]) -> str:
+        level, kind, j = match.groups()
+        return f"decoder.upsamples.{int(level) * per_level + (int(j) if kind == 'resnets' else per_level - 1)}."
+
+    def translate(name: str) -> str:
+        for theirs, ours in _DIFFUSERS_ROOT.items():
+            if name.startswith(theirs):
+                return ours + name.removeprefix(theirs)
+        for theirs, ours in _DIFFUSERS_RESNET.items():
+            if "block" in name:
+                name = name.replace(theirs, ours)
+        for theirs, ours in _DIFFUSERS_INNER.items():
+            name = name.replace(theirs, ours)
+        return _UP_BLOCK.sub(flat_index, name)
+
+    return {name: translate(name) for name in names}
 
 
 @dataclass(frozen=True)
