@@ -1,15 +1,15 @@
 """UMT5 tokenizer, rebuilt from the metadata of a GGUF file.
 
-A sentencepiece unigram vocabulary travels in the keys `tokenizer.ggml.*` that llama.cpp's T5 converter writes.
-From them we assemble the same normaliser, pre-tokenizer and model that `transformers` assembles from the
-sentencepiece file, so that ids equal the ones Wan was trained with (Wan2.1 9737cba, `wan/modules/tokenizers.py`,
-uses the fast HF tokenizer of google/umt5-xxl).
+A sentencepiece unigram vocabulary travels in the keys `tokenizer.ggml.*` that llama.cpp's T5 converter
+writes. From them we assemble the same normaliser, pre-tokenizer and model that `transformers` assembles
+from the sentencepiece file, so that ids equal the ones Wan was trained with (Wan2.1 9737cba,
+`wan/modules/tokenizers.py`, uses the fast HF tokenizer of google/umt5-xxl).
 
 Details that have caused bugs, here or elsewhere:
 - Without the precompiled charsmap there is no NFKC: the full-width punctuation of the Chinese negative prompt
   turns into other ids.
-- The vocabulary is padded with "[PAD0]", "[PAD1]" ... of score -10000. An unknown character costs 10 more than
-  the worst piece, so padding must not reach the model: it would make unknowns cost 10010.
+- The vocabulary is padded with "[PAD0]", "[PAD1]" ... of score -10000. An unknown character costs 10 more
+  than the worst piece, so padding must not reach the model: it would make unknowns cost 10010.
 - `unknown_token_id` is missing or wrong in some files; the one token of type UNKNOWN decides.
 - UMT5 has byte pieces, but the fast HF tokenizer, hence Wan's training, never falls back to them: a run of
   unknown characters becomes one <unk>.
@@ -215,7 +215,7 @@ def _charsmap(raw: Any) -> bytes:
     trie_bytes = int.from_bytes(data[:4], "little")
     if trie_bytes % 4 or not 0 < trie_bytes <= len(data) - 4:
         raise WeightError(
-            f"{KEY}precompiled_charsmap: a trie of {trie_bytes} bytes announced in {len(data)}; damaged or cut off."
+            f"{KEY}precompiled_charsmap: {len(data)} bytes announce a trie of {trie_bytes}; damaged or cut."
         )
     return data
 
