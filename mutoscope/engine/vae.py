@@ -147,7 +147,8 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * spatial_dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * (x.shape[1] ** 0.5 * self.gamma).to(x.dtype)
+        inverse_norm = x.square().sum(dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-24).rsqrt()
+        return x * inverse_norm.to(x.dtype) * (x.shape[1] ** 0.5 * self.gamma).to(x.dtype)
 
 
 class CausalConv3d(nn.Module):

@@ -329,14 +329,13 @@ class WanModel(nn.Module):
         """
         n = int(max(lengths))
         rows = rows_BSE[:, :n]
-        bias = rows.new_zeros(len(lengths), n, dtype=torch.float32)
-        for b, length in enumerate(lengths):
-            bias[b, length:] = -math.inf
-        pad_rows = [max(0, self.config.text_length - length) for length in lengths]
-        if any(pad_rows):
+        counts = torch.as_tensor(lengths, device=rows.device)
+        bias = torch.zeros(len(lengths), n, device=rows.device)
+        bias = bias.masked_fill(torch.arange(n, device=rows.device) >= counts[:, None], -math.inf)
+        pad_rows = (self.config.text_length - counts).clamp(min=0)
+        if pad_rows.any():
             rows = torch.cat((rows, rows.new_zeros(rows.shape[0], 1, rows.shape[2])), dim=1)
-            extra = torch.tensor([[math.log(p) if p else -math.inf] for p in pad_rows], device=rows.device)
-            bias = torch.cat((bias, extra), dim=1)
+            bias = torch.cat((bias, pad_rows.float().log()[:, None]), dim=1)
         text = self.text_embedding["2"](F.gelu(self.text_embedding["0"](rows), approximate="tanh"))
         blocks = [*self.blocks, *(self.vace_blocks if vace and self.config.vace_layers else ())]
         pairs = [block.cross_attn.keys_values(text) for block in blocks]
