@@ -1,0 +1,162 @@
+"""Train the starter's VAE towards the linear code of `pca.py`, then as one.
+
+    python -m training.train_vae decoder --minutes 20     decoder from the code's latents
+    python -m training.train_vae encoder --minutes 10     encoder to the code's latents
+    python -m training.train_vae joint --minutes 20       both, the latents kept near the code
+
+Continues from `runs/vae.pt` if it is there; the file is rewritten every minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mutoscope.engine.vae import VAEConfig, WanVAE
+from training import data, optim, pca
+
+CONFIG = VAEConfig(16, pca.Z, (16, 32, 64, 64), 1, (False, True, True), (0.0,) * pca.Z, (1.0,) * pca.Z)
+KERNEL_TIMES = (1, 1, 3, 3)
+"""No temporal taps at the two large resolutions: half the time, no visible loss on this world."""
+
+
+def build() -> WanVAE:
+    vae = WanVAE(CONFIG, KERNEL_TIMES)
+    for p in vae.parameters():
+        if p.dim() > 1 and p[0].numel() > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return vae
+
+
+def loss_of(out: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Squared and absolute error, objects and edges weighted up. [B, 3, F, H, W] each, mask [B, 1, F, H, W]."""
+    weight = 1 + 3 * mask
+    error = out - target
+    edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) * 0.5
+    return (weight * error.square()).mean() * 4 + (weight * error.abs()).mean() * 0.5 + edges
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    return float(10 * torch.log10(4 / (a - b).square().mean()))
+
+
+class Batches:
+    """Random windows of clips, [B, 3, F, H, W] in [-1, 1], with the object masks."""
+
+    def __init__(self, root: Path, n_frames: int, seed: int) -> None:
+        self.shards = data.shards(root, "clips")
+        self.n_frames = n_frames
+        self.rng = np.random.default_rng(seed)
+
+    def next(self, n: int) -> tuple[Tensor, Tensor]:
+        clips, masks = [], []
+        for _ in range(n):
+            shard = self.shards[self.rng.integers(len(self.shards))]
+            i = self.rng.integers(len(shard.frames))
+            start = self.rng.integers(shard.frames.shape[1] - self.n_frames + 1)
+            clips.append(shard.frames[i, start : start + self.n_frames])
+            masks.append(shard.masks[i, start : start + self.n_frames])
+        video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        mask = torch.from_numpy(np.stack(masks)).float().gt(0)[:, None]
+        return video, mask.repeat_interleave(8, 3).repeat_interleave(8, 4)
+
+    def gray_out(self, video: Tensor) -> Tensor:
+        """Some clips partly gray, as VACE conditioning makes them: whole frames, or one half of the picture."""
+        video = video.clone()
+        for clip in video:
+            kind = self.rng.random()
+            if kind < 0.2:
+                clip[:, 1:] = 0
+            elif kind < 0.3:
+                clip[:, :-1] = 0
+            elif kind < 0.4:
+                clip[:, torch.from_numpy(self.rng.random(clip.shape[1]) < 0.5)] = 0
+            elif kind < 0.5:
+                x0, y0 = self.rng.integers(0, clip.shape[-1] // 2, 2)
+                clip[:, :, y0 : y0 + clip.shape[-2] // 2, x0 : x0 + clip.shape[-1] // 2] = 0
+        return video
+
+
+def train(mode: str, root: Path, out: Path, minutes: float, batch: int, n_frames: int, lr: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    code = pca.LinearCode.load(out.parent / "code.pt")
+    vae = build()
+    if out.exists():
+        vae.load_state_dict(torch.load(out, weights_only=True))
+    parts = {"decoder": [vae.conv2, vae.decoder], "encoder": [vae.encoder, vae.conv1]}
+    parts["joint"] = parts["decoder"] + parts["encoder"]
+    muon, adam = optim.split(parts[mode], adam_names=("gamma", "head.2"))
+    optimisers = [optim.Muon(muon, lr=lr), torch.optim.AdamW(adam, lr=lr * 0.15, betas=(0.9, 0.95), weight_decay=0)]
+    rates = [group["lr"] for o in optimisers for group in o.param_groups]
+    ema = optim.EMA(vae, 0.995)
+    batches = Batches(root, n_frames, seed + int(time.time()))
+    start = last = time.time()
+    step, running = 0, {}
+    while (progress := (time.time() - start) / (60 * minutes)) < 1:
+        for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
+            group["lr"] = rate * optim.decayed(progress)
+        video, mask = batches.next(batch)
+        shown = video if mode == "decoder" else batches.gray_out(video)
+        target = code.encode(shown)
+        loss = torch.zeros(())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = target if mode == "decoder" else vae.encode(shown.contiguous(memory_format=torch.channels_last_3d), n_frames)
+            if mode != "decoder":
+                code_loss = (z - target).square().mean()
+                running["code"] = float(code_loss.detach())
+                loss = loss + code_loss * (10.0 if mode == "encoder" else 0.5)
+            if mode != "encoder":
+                z = z + torch.randn_like(z) * 0.03
+                picture = torch.cat(list(_raw(vae, z.contiguous(memory_format=torch.channels_last_3d))), 2)
+                loss = loss + loss_of(picture, shown, mask)
+                running["psnr"] = 0.95 * running.get("psnr", 15.0) + 0.05 * psnr(picture.detach(), shown)
+        for o in optimisers:
+            o.zero_grad(set_to_none=True)
+        loss.backward()
+        for o in optimisers:
+            o.step()
+        ema.update(vae)
+        step += 1
+        if time.time() - last > 30:
+            last = time.time()
+            torch.save(ema.weights, out.with_suffix(".part"))
+            out.with_suffix(".part").rename(out)
+            text = " ".join(f"{k} {v:.4f}" for k, v in running.items())
+            print(f"{mode} {(last - start) / 60:.1f} min step {step} loss {loss.item():.4f} {text}", flush=True)
+    torch.save(ema.weights, out)
+
+
+def _raw(vae: WanVAE, z: Tensor):
+    """Decoded chunks before clamping, so that out-of-range values still get a gradient."""
+    from mutoscope.engine.vae import Stream
+
+    stream = Stream()
+    for part in (z[:, :, :1], z[:, :, 1:]):
+        if part.shape[2]:
+            yield vae.decoder(vae.conv2(part, stream), stream).float()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=("decoder", "encoder", "joint"))
+    parser.add_argument("--data", type=Path, default=Path("runs/data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/vae.pt"))
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=9)
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    train(a.mode, a.data, a.out, a.minutes, a.batch, a.frames, a.lr, a.seed)
+
+
+if __name__ == "__main__":
+    main()
