@@ -165,7 +165,7 @@ def nbytes(type_id: int, shape: tuple[int, ...]) -> int:
     """
     if type_id not in BLOCKS:
         raise GGUFError(
-            f"tensor type {type_id} ({type_name(type_id)}) is not supported",
+            f"tensor type {type_id} ({type_name(type_id)}) is not supported.",
             hint=f"Choose a file with one of {', '.join(t.name for t in GGMLType)}.",
         )
     block = BLOCKS[type_id]
@@ -215,7 +215,7 @@ class _Cursor:
         self.n_strings = 0
 
     def fail(self, message: str, *, at: int | None = None, hint: str = _DAMAGED) -> NoReturn:
-        raise GGUFError(f"{self.path.name}, byte {self.pos if at is None else at}: {message}", hint=hint)
+        raise GGUFError(f"{self.path.name}, byte {self.pos if at is None else at}: {message}.", hint=hint)
 
     def skip(self, n_bytes: int, what: str) -> int:
         """Step over `n_bytes`; returns where they start."""
@@ -344,7 +344,7 @@ class Metadata(Mapping[str, Value]):
                 out.append(buffer[start:pos].decode("utf-8"))
         except UnicodeDecodeError as error:
             where = f"{self._path.name}, byte {start}"
-            message = f"{where}: string {len(out)} of {key!r} is not UTF-8 ({error.reason})"
+            message = f"{where}: string {len(out)} of {key!r} is not UTF-8 ({error.reason})."
             raise GGUFError(message, hint=_DAMAGED) from None
         return out
 
@@ -398,7 +398,7 @@ class GGUFFile:
                 self.size_bytes = os.fstat(stream.fileno()).st_size
                 if self.size_bytes < 24:
                     raise GGUFError(
-                        f"{self.path.name}: got {self.size_bytes} bytes, but the shortest GGUF file has 24",
+                        f"{self.path.name}: got {self.size_bytes} bytes, but the shortest GGUF file has 24.",
                         hint=_INCOMPLETE,
                     )
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -458,7 +458,7 @@ class GGUFFile:
         try:
             size = nbytes(type_id, shape)
         except GGUFError as error:
-            cursor.fail(f"tensor {name!r}: {error.message}", at=at, hint=error.hint or _DAMAGED)
+            cursor.fail(f"tensor {name!r}: {error.message.rstrip('.')}", at=at, hint=error.hint or _DAMAGED)
         return at, TensorInfo(name, shape, type_id, offset, size)
 
     def _place(self, cursor: _Cursor, at: int, info: TensorInfo, data_start: int) -> None:
@@ -650,7 +650,9 @@ def _encode(key: str, value: object) -> Encoded:
 
 def _as_numpy(value: object) -> Array | None:
     """`value` as a little-endian array of 0 or 1 dimensions, or None where GGUF has no such type."""
-    if isinstance(value, bool | float):
+    if isinstance(value, np.generic):  # np.float64 is also a float
+        pass
+    elif isinstance(value, bool | float):
         value = np.bool_(value) if isinstance(value, bool) else np.float32(value)
     elif isinstance(value, int):
         value = _smallest(value, value, "u4", "i4", "u8", "i8")

@@ -114,7 +114,7 @@ class _Borrowed:
 def _row(type_id: int) -> Quant:
     if type_id not in QUANTS:
         raise GGUFError(
-            f"tensor type {type_id} ({type_name(type_id)}) has no conversion to numbers",
+            f"tensor type {type_id} ({type_name(type_id)}) has no conversion to numbers.",
             hint=f"Supported: {', '.join(quant.name for quant in QUANTS.values())}.",
         )
     return QUANTS[type_id]
