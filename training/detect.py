@@ -3,18 +3,19 @@
     found = detect(frames)          # uint8 [F,H,W,3]
     found.objects[0].color, found.objects[0].motion, found.background, found.camera
 
-How: the background is the closest of all backgrounds the world can draw (saturating pixel distance, so an object
-does not matter). The object colour is the one with the most pixels near it. Projecting pixels on (object colour -
-background) gives the object's coverage; its centroid and area per frame give the centre and size; coverage sampled
-in polar coordinates around the centroid is correlated with templates of every shape over all rotations, which gives
-shape and angle. The motion class follows from the tracks of centre, size and angle, freed from the camera.
+How: the background is the closest of all backgrounds the world can draw (pixel distances saturate, so that an
+object does not matter). The object colour is the one with the most pixels near it. Projecting pixels on (object
+colour - background) gives the object's coverage; its centroid and area per frame give centre and size. Sampled
+in polar coordinates around the centroid, coverage is correlated with templates of each shape in all rotations,
+which gives shape and angle. The motion class follows from the tracks of centre, size and angle, freed from the
+camera. Clips of fewer than five frames are read as pictures: no camera, and the motion is "unknown".
 
 Units as in `training.world`. Letters: F frames, H height, W width, R radii, A angles, K templates.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -29,6 +30,7 @@ N_RADII, N_ANGLES, OUTERMOST = (
     120,
     1.9,
 )  # of the polar samples; OUTERMOST in radii of a disk of equal area
+# Degrees after which a shape looks the same; 0: always.
 SYMMETRY = {
     "circle": 0.0,
     "ring": 0.0,
@@ -36,9 +38,10 @@ SYMMETRY = {
     "triangle": 120.0,
     "star": 72.0,
     "cross": 90.0,
-}  # degrees
+}
 SATURATION = 80.0  # colour distance from which a pixel simply does not match
 TEMPLATE_RADIUS_PX = 14.0
+FEWEST_FRAMES = 5  # of a clip whose motion can be told
 UNKNOWN = "unknown"
 
 
@@ -102,11 +105,9 @@ def detect(frames: NDArray[np.uint8], n_objects: int = 1) -> Detection:
     scene, error = _find_background(clip)
     backdrop = np.broadcast_to(_backdrop(scene), clip.shape)
     difference = clip - backdrop
-    quiet = np.abs(difference).max(-1) < 40
+    quiet = np.abs(difference[::4]).max(-1) < 40
     if quiet.any():  # a decoder's slight shift of the colours
-        difference = (
-            difference - np.median(difference[::4][quiet[::4]], axis=0) if quiet[::4].any() else difference
-        )
+        difference = difference - np.median(difference[::4][quiet], axis=0)
     colors = _find_colors(clip, difference, scene.background, n_objects)
     covers = _coverages(difference, backdrop, colors)
     objects = tuple(_read(color, cover, scene) for color, cover in zip(colors, covers, strict=True))
@@ -116,9 +117,8 @@ def detect(frames: NDArray[np.uint8], n_objects: int = 1) -> Detection:
 def placed(found: Detection, relation: str) -> bool:
     """True if the first two objects stand in the relation on average ("left of", "above" ...)."""
     a, b = (np.nanmean(o.centre, axis=0) for o in found.objects[:2])
-    return {"left of": a[0] < b[0], "right of": a[0] > b[0], "above": a[1] < b[1], "below": a[1] > b[1]}[
-        relation
-    ]
+    axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[relation]
+    return bool(sign * a[axis] < sign * b[axis])
 
 
 # ------------------------------------------------------------------------------------------------ background
@@ -129,27 +129,24 @@ def _candidates(width: int, height: int, frames: int) -> tuple[list[Scene], Floa
     """All backgrounds of the world, and each one's every fourth pixel and frame [K,P,3]."""
     scenes = []
     for name in world.BACKGROUNDS:
-        base = Scene((), name, "plain", width=width, height=height, frames=frames)
         for style, details in world.DETAILS.items():
+            flips = (False, True) if style == "gradient" else (False,)
             for detail in details:
-                for flip in (False, True) if style == "gradient" else (False,):
-                    scenes.append(
-                        Scene((), name, style, detail, flip, width=width, height=height, frames=frames)
-                    )
-                if style != "pattern":
-                    continue
-                for camera in world.CAMERAS[1:]:
-                    if camera.startswith("tilt") and detail == "stripes":
-                        continue
-                    for sign in (1, -1) if camera == "roll" else (1,):
-                        scenes.append(
-                            Scene((), name, style, detail, False, camera, sign, "", width, height, frames)
-                        )
-        scenes.append(base) if base not in scenes else None
+                still = Scene((), name, style, detail, width=width, height=height, frames=frames)
+                scenes += [replace(still, flip=flip) for flip in flips]
+                if style == "pattern" and frames >= FEWEST_FRAMES:
+                    scenes += _filmed(still)
     step = _steps(width, height, frames)
     shape = (frames, height, width, 3)
     samples = [np.broadcast_to(world.background_frames(s), shape)[step].reshape(-1, 3) for s in scenes]
     return scenes, np.stack(samples).astype(np.float32)
+
+
+def _filmed(still: Scene) -> list[Scene]:
+    """The scene under every moving camera that shows on its background."""
+    cameras = [c for c in world.CAMERAS[1:] if still.detail != "stripes" or not c.startswith("tilt")]
+    moving = [replace(still, camera=c) for c in cameras]
+    return [*moving, *(replace(s, camera_sign=-1) for s in moving if s.camera == "roll")]
 
 
 def _steps(width: int, height: int, frames: int) -> tuple[slice, slice, slice]:
@@ -178,11 +175,11 @@ def _find_background(clip: Floats) -> tuple[Scene, float]:
     return scenes[best], float(errors[best])
 
 
-# ---------------------------------------------------------------------------------------------- objects' colour
+# ------------------------------------------------------------------------------------------- objects' colour
 
 
 def _find_colors(clip: Floats, difference: Floats, background: str, n: int) -> list[str]:
-    """The n object colours with the most evidence: soft counts of pixels near the colour and off the background."""
+    """The n object colours with the most evidence: soft counts of pixels near it and off the background."""
     step = (slice(None, None, 2), slice(None), slice(None))
     pixels = clip[step].reshape(-1, 3)
     off = np.abs(difference[step]).max(-1).reshape(-1) > 35
@@ -200,7 +197,7 @@ def _find_colors(clip: Floats, difference: Floats, background: str, n: int) -> l
 
 
 def _coverages(difference: Floats, backdrop: Floats, colors: list[str]) -> list[Floats]:
-    """How much of each pixel each object covers, [F,H,W] 0..1 per object: least squares of the pixel's mixture."""
+    """How much of each pixel each object covers, [F,H,W] 0..1 per object: least squares of its mixture."""
     ways = [np.array(world.COLORS[c], np.float32) - backdrop for c in colors]
     lengths = [(w * w).sum(-1) for w in ways]
     along = [(difference * w).sum(-1) for w in ways]
@@ -208,17 +205,20 @@ def _coverages(difference: Floats, backdrop: Floats, colors: list[str]) -> list[
         shares = [along[0] / lengths[0]]
     else:
         cross = (ways[0] * ways[1]).sum(-1)
-        determinant = np.maximum(lengths[0] * lengths[1] - cross**2, 1e-3 * lengths[0] * lengths[1])
+        determinant = lengths[0] * lengths[1] - cross**2
+        opposite = determinant < 0.02 * lengths[0] * lengths[1]  # black and white on gray
+        determinant = np.where(opposite, 1, determinant)
+        both = (along[0] * lengths[1] - along[1] * cross, along[1] * lengths[0] - along[0] * cross)
         shares = [
-            (along[0] * lengths[1] - along[1] * cross) / determinant,
-            (along[1] * lengths[0] - along[0] * cross) / determinant,
+            np.where(opposite, np.maximum(a / n, 0), b / determinant)
+            for a, n, b in zip(along, lengths, both, strict=True)
         ]
     left = difference - sum(s[..., None] * w for s, w in zip(shares, ways, strict=True))
     trust = np.exp(-(left * left).sum(-1) / (2 * 60.0**2))  # something of another colour is not the object
     return [np.clip((s * trust - 0.15) / 0.7, 0, 1) for s in shares]
 
 
-# ------------------------------------------------------------------------------------------------------ shape
+# ----------------------------------------------------------------------------------------------------- shape
 
 
 def _largest_piece(cover: Floats) -> Floats:
@@ -315,7 +315,7 @@ def _match(polar: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return score, (at + np.clip(finer, -0.5, 0.5)) * (2 * np.pi / N_ANGLES)
 
 
-# ----------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------- reading
 
 
 def _read(color: str, cover: Floats, scene: Scene) -> Found:
@@ -325,7 +325,7 @@ def _read(color: str, cover: Floats, scene: Scene) -> Found:
     cover = _largest_piece(cover)
     area, centre = _moments(cover)
     there = area > 0.002 * width * height
-    if there.sum() < 3:
+    if there.sum() < min(3, frames):
         nothing = np.full(frames, np.nan, np.float32)
         return Found(
             color, UNKNOWN, UNKNOWN, UNKNOWN, (0.0, 0.0), np.stack([nothing] * 2, 1), nothing, nothing * 0,
@@ -334,10 +334,9 @@ def _read(color: str, cover: Floats, scene: Scene) -> Found:
     names, template_areas, _ = _templates()
     unit = np.sqrt(area[there] / np.pi)
     score, rotation = _match(_polar(cover[there], centre[there], unit))
-    mean_score = score.mean(0)
-    scores = {
-        s: float(max(m for m, n in zip(mean_score, names, strict=True) if n == s)) for s in world.SHAPES
-    }
+    mean_score = area[there] @ score / area[there].sum()  # the larger the clearer
+    by_shape = np.array(names)
+    scores = {s: float(mean_score[by_shape == s].max()) for s in world.SHAPES}
     best = int(mean_score.argmax())
     shape = names[best]
 
@@ -406,6 +405,8 @@ def _classify(
     turn = float(np.linalg.lstsq(design, angle, rcond=None)[0][1])
     gravity, bounces = _gravity(centre[:, 1], t)
     motion = UNKNOWN
+    if len(t) < FEWEST_FRAMES:
+        return motion, (0.0, 0.0), 0.0, 0
     if off_line.max() < 0.03:
         if np.hypot(*velocity) > 0.2:
             motion = min(world.DIRECTIONS, key=lambda m: -_along(velocity, world.DIRECTIONS[m]))
@@ -422,7 +423,7 @@ def _classify(
         elif bounces:
             motion = "bounces"
     else:
-        middle, orbit, off_circle = _circle(centre)
+        orbit, off_circle = _circle(centre)
         round_trip = 0.12 < orbit < 0.4 and off_circle < 0.02
         motion = "orbits" if round_trip else "bounces"
     return motion, (float(velocity[0]), float(velocity[1])), gravity, bounces
@@ -440,10 +441,11 @@ def _gravity(y: NDArray[np.floating], t: Floats) -> tuple[float, int]:
     speed = np.diff(y) / dt
     bend = np.diff(speed) / dt
     # A bounce turns a fast fall into a rise, within one or two steps.
+    rises = y[:-1] - y[1:]  # from each frame to the next
     low = [
         i
         for i in range(1, len(y) - 1)
-        if y[i] >= y[i - 1] and y[i] > y[i + 1] and y[i] - y[i - 1 : i + 2].min() > 0.01
+        if rises[i - 1] <= 0 < rises[i] and max(-rises[i - 1], rises[i]) > 0.01
     ]
     near = {j for i in low for j in (i - 2, i - 1, i)}
     calm = [bend[j] for j in range(len(bend)) if j not in near]
@@ -451,11 +453,11 @@ def _gravity(y: NDArray[np.floating], t: Floats) -> tuple[float, int]:
     return (float(np.median(calm)) if calm else 0.0), len(sharp)
 
 
-def _circle(centre: NDArray[np.floating]) -> tuple[NDArray[np.floating], float, float]:
-    """Least-squares circle through points [F,2]: middle, radius, rms distance from it."""
+def _circle(centre: NDArray[np.floating]) -> tuple[float, float]:
+    """Least-squares circle through points [F,2]: its radius, and the rms distance from it."""
     design = np.concatenate([2 * centre, np.ones((len(centre), 1))], 1)
     solution, *_ = np.linalg.lstsq(design, (centre**2).sum(1), rcond=None)
     middle = solution[:2]
     radius = float(np.sqrt(max(solution[2] + (middle**2).sum(), 0)))
     distance = np.hypot(*(centre - middle).T)
-    return middle, radius, float(np.sqrt(((distance - radius) ** 2).mean()))
+    return radius, float(np.sqrt(((distance - radius) ** 2).mean()))

@@ -276,7 +276,8 @@ def _object(
         shape, motion = _pick(rng, SHAPES), _pick(rng, motions)
         if motion != "spins" or shape not in ROUND:
             break
-    styles = [s for s in rules.styles if s != "outline" or shape not in ROUND]
+    styles = [s for s in rules.styles if not (s == "outline" and shape in ROUND)]  # a ball would be a ring
+    styles = [s for s in styles if not (s == "shadow" and color == "black")]  # nor has black a visible shadow
     allowed_sizes = [s for s in rules.sizes if s != "large"] or list(rules.sizes)
     size = _pick(rng, allowed_sizes if narrow or motion in ("orbits", "bounces") else rules.sizes)
     radius = float(rng.uniform(*SIZES[size]))
