@@ -2,6 +2,8 @@
 
 All text comes from the tables below; `vocabulary` reads the same tables. The held-out split has its own
 templates, made of words that training captions use, and always names the background.
+
+`python -m training.captions docs/images/world.png` draws the contact sheet of the documentation.
 """
 
 from __future__ import annotations
@@ -233,3 +235,34 @@ def _tables() -> Iterator[str]:
 def vocabulary() -> list[str]:
     """Every word that a caption of any level and split can contain, sorted."""
     return sorted({word for text in _tables() for word in words(re.sub(r"\{\w+\}", " ", text))})
+
+
+def draw_sheet(path: str, seed: int = 1) -> None:
+    """A picture of captioned clips, every fourth frame: ten of level "first", ten of level "full"."""
+    from PIL import Image, ImageDraw
+
+    rng = np.random.default_rng(seed)
+    rows = []
+    for level in ("first", "full"):
+        for index in range(10):
+            scene = world.sample(rng, level=level)
+            motion = world.LEVELS[level].motions[index % 9]
+            while level == "first" and scene.objects[0].motion != motion:
+                scene = world.sample(rng, level=level)
+            rows.append((scene, f"{level}: {caption(scene, rng)}"))
+    size, line = 64, 14
+    sheet = Image.new("RGB", (2 * (5 * (size + 2) + 120), 10 * (size + line + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (scene, text) in enumerate(rows):
+        x, y = (i // 10) * (sheet.width // 2), (i % 10) * (size + line + 4)
+        for k, frame in enumerate(world.render(scene)[::4]):
+            sheet.paste(Image.fromarray(frame), (x + k * (size + 2), y))
+        cut = text if len(text) < 76 else text[:76].rsplit(" ", 1)[0] + " ..."
+        draw.text((x, y + size + 1), cut, fill="black")
+    sheet.save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    import sys
+
+    draw_sheet(sys.argv[1])

@@ -3,12 +3,12 @@
     found = detect(frames)          # uint8 [F,H,W,3]
     found.objects[0].color, found.objects[0].motion, found.background, found.camera
 
-How: the background is the closest of all backgrounds the world can draw (pixel distances saturate, so that an
-object does not matter). The object colour is the one with the most pixels near it. Projecting pixels on (object
-colour - background) gives the object's coverage; its centroid and area per frame give centre and size. Sampled
-in polar coordinates around the centroid, coverage is correlated with templates of each shape in all rotations,
-which gives shape and angle. The motion class follows from the tracks of centre, size and angle, freed from the
-camera. Clips of fewer than five frames are read as pictures: no camera, and the motion is "unknown".
+How: the background is the closest of all backgrounds the world can draw (pixel distances saturate, so that
+an object does not matter). The object colour is the one with the most pixels near it. Projecting pixels on
+(object colour - background) gives the object's coverage; its centroid and area per frame give centre and size.
+Sampled in polar coordinates around the centroid, coverage is correlated with templates of each shape in all
+rotations, which gives shape and angle. The motion class follows from the tracks of centre, size and angle, freed
+from the camera. Clips of fewer than five frames are read as pictures: no camera, and the motion is "unknown".
 
 Units as in `training.world`. Letters: F frames, H height, W width, R radii, A angles, K templates.
 """
@@ -121,7 +121,7 @@ def placed(found: Detection, relation: str) -> bool:
     return bool(sign * a[axis] < sign * b[axis])
 
 
-# ------------------------------------------------------------------------------------------------ background
+# ---------------------------------------------------------------------------------------------- background
 
 
 @lru_cache(maxsize=4)
@@ -175,7 +175,7 @@ def _find_background(clip: Floats) -> tuple[Scene, float]:
     return scenes[best], float(errors[best])
 
 
-# ------------------------------------------------------------------------------------------- objects' colour
+# ----------------------------------------------------------------------------------------- objects' colour
 
 
 def _find_colors(clip: Floats, difference: Floats, background: str, n: int) -> list[str]:
@@ -218,7 +218,7 @@ def _coverages(difference: Floats, backdrop: Floats, colors: list[str]) -> list[
     return [np.clip((s * trust - 0.15) / 0.7, 0, 1) for s in shares]
 
 
-# ----------------------------------------------------------------------------------------------------- shape
+# --------------------------------------------------------------------------------------------------- shape
 
 
 def _largest_piece(cover: Floats) -> Floats:
@@ -315,7 +315,7 @@ def _match(polar: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return score, (at + np.clip(finer, -0.5, 0.5)) * (2 * np.pi / N_ANGLES)
 
 
-# --------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------- reading
 
 
 def _read(color: str, cover: Floats, scene: Scene) -> Found:

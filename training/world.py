@@ -167,7 +167,7 @@ LEVELS: dict[str, Level] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------------------------------ sampling
 
 
 def is_held_out_combination(shape: str, color: str, motion: str) -> bool:
@@ -342,7 +342,7 @@ def _inside(rng: np.random.Generator, low: float, high: float, travel: float) ->
     return float(rng.uniform(first, last))
 
 
-# ---------------------------------------------------------------------------------------------- ground truth
+# -------------------------------------------------------------------------------------------- ground truth
 
 
 @dataclass(frozen=True)
@@ -450,7 +450,7 @@ def _camera(scene: Scene, t: Floats) -> tuple[NDArray[np.floating], Floats, Floa
     return pan, zoom, roll
 
 
-# --------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------------- drawing
 
 
 def distance(shape: str, x: Floats, y: Floats) -> Floats:
