@@ -3,12 +3,13 @@
     found = detect(frames)          # uint8 [F,H,W,3]
     found.objects[0].color, found.objects[0].motion, found.background, found.camera
 
-How: the background is the closest of all backgrounds the world can draw (pixel distances saturate, so that
-an object does not matter). The object colour is the one with the most pixels near it. Projecting pixels on
-(object colour - background) gives the object's coverage; its centroid and area per frame give centre and size.
-Sampled in polar coordinates around the centroid, coverage is correlated with templates of each shape in all
-rotations, which gives shape and angle. The motion class follows from the tracks of centre, size and angle, freed
-from the camera. Clips of fewer than five frames are read as pictures: no camera, and the motion is "unknown".
+How: the background is the closest of all backgrounds the world can draw (pixel distances saturate, so
+that an object does not matter). The object colour is the one with the most pixels near it. Projecting
+pixels on (object colour - background) gives the object's coverage; its centroid and area per frame give
+centre and size. Sampled in polar coordinates around the centroid, coverage is correlated with templates
+of each shape in all rotations, which gives shape and angle. The motion class follows from the tracks of
+centre, size and angle, freed from the camera. Clips of fewer than five frames are read as pictures: no
+camera, and the motion is "unknown".
 
 Units as in `training.world`. Letters: F frames, H height, W width, R radii, A angles, K templates.
 """
