@@ -4,13 +4,13 @@
         for frame in frames:
             writer.write(frame)
 
-A file is written beside its target as `<name>.part` and renamed when it is complete: the target is either the old
-file or the whole new one. The same frames and metadata give the same bytes, on any number of cores: no
+A file is written beside its target as `<name>.part` and renamed when it is complete: the target is either the
+old file or the whole new one. The same frames and metadata give the same bytes, on any number of cores: no
 timestamps, no random ids, and encoders with a fixed number of threads.
 
-Colours: sRGB frames are converted to BT.709 limited range and the file says so (untagged files are shown too dark or
-too green by one player or the other). H.264 with 4:2:0 chroma needs even sizes: an odd last row or column is repeated
-once, so 833x481 becomes 834x482. All other formats keep odd sizes.
+Colours: sRGB frames are converted to BT.709 limited range and the file says so (untagged files are shown too
+dark or too green by one player or the other). H.264 with 4:2:0 chroma needs even sizes: an odd last row or
+column is repeated once, so 833x481 becomes 834x482. All other formats keep odd sizes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,7 +39,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mutoscope.errors import MediaError, MutoscopeError, ResourceError
 from mutoscope.media.frames import check_frames
-from mutoscope.media.read import MAX_FPS, MAX_PIXELS, probe
+from mutoscope.media.read import EXACT_COLOURS, MAX_FPS, MAX_PIXELS, probe
 from mutoscope.request import FramesHWC
 
 ENCODER_THREADS = 4
@@ -61,7 +61,7 @@ class _Job:
 
 
 class _Encoder(ABC):
-    """One format. `path` is the temporary place; the writer moves it. Close is called once, after the last frame."""
+    """One format. `path` is the temporary place, which the writer moves; close comes once, at the end."""
 
     def __init__(self, path: Path, job: _Job) -> None:
         self.path, self.job = path, job
@@ -129,7 +129,10 @@ class _Movie(_Encoder):
         if any(self.pad):
             frame = np.pad(frame, ((0, self.pad[0]), (0, self.pad[1]), (0, 0)), mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=EXACT_COLOURS,
         )
         picture.pts, picture.time_base = self.n, 1 / self.job.fps
         self.n += 1
@@ -174,11 +177,11 @@ class _Gif(_Encoder):
 
     def close(self) -> None:
         self.palette_graph.push(None)
-        palette = self.palette_graph.pull()
+        palette: Any = self.palette_graph.pull()
         graph = av.filter.Graph()
         frames = self._source(graph, "rgb24", self.job.width, self.job.height)
         colours = self._source(graph, palette.format.name, palette.width, palette.height)
-        # sierra2_4a keeps gradients smooth; "rectangle" dithers only what moves, so still areas do not flicker
+        # sierra2_4a keeps gradients smooth; "rectangle" dithers only what moves: still areas do not flicker
         paletteuse = graph.add("paletteuse", "dither=sierra2_4a:diff_mode=rectangle")
         sink = graph.add("buffersink")
         frames.link_to(paletteuse, 0, 0)
@@ -304,8 +307,8 @@ FORMATS = (*_ENCODERS, SEQUENCE)
 def output_format(path: str | Path, format: str | None = None) -> str:
     """The format that `path` will be written in, after checking that it can be written at all.
 
-    A folder, a name without extension or a "name-%04d.png" pattern means a PNG sequence. Call this before work that
-    takes hours: it finds unknown extensions, missing folders and targets that must not be replaced.
+    A folder, a name without extension or a "name-%04d.png" pattern means a PNG sequence. Call this before
+    work that takes hours: it finds unknown extensions, missing folders and targets that must not be replaced.
     """
     path = Path(path)
     if format is None:
@@ -405,7 +408,7 @@ class VideoWriter:
         """Throw the unfinished file away; the target stays as it was."""
         if self._open:
             self._open = False
-            with _ignored():
+            with suppress(av.FFmpegError, OSError):
                 self._encoder.abort()
             _remove(self._part)
 
@@ -476,7 +479,7 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
 
 def _comment(metadata: Mapping[str, Any]) -> str:
     try:
-        # ASCII, because not every format's comment field knows UTF-8; sorted, so that equal content is equal bytes
+        # ASCII: not every format's comment field knows UTF-8; sorted: equal content gives equal bytes
         return json.dumps({METADATA_KEY: dict(metadata)}, ensure_ascii=True, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as e:
         raise MediaError(f"metadata cannot be written as JSON: {e}.") from e
@@ -487,11 +490,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _ignored() -> Iterator[None]:
-    try:
-        yield
-    except (av.FFmpegError, OSError):
-        pass
