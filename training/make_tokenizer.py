@@ -9,9 +9,9 @@ Decisions:
 - Every word of the captions is one piece. The words get the best score of the vocabulary; as all scores are
   negative, one piece then beats any two, whatever sentencepiece made of the word. Sub-pieces come from
   sentencepiece itself, and every printable ASCII character is a piece: an unseen word still says something.
-- Case is folded inside the charsmap (nmt_nfkc_cf), because the captions are lower case and people write "A
-  red ball". The engine applies the charsmap it is given and does not notice. `fold_case=False` gives nmt_nfkc,
-  as UMT5 has it.
+- Case is folded inside the charsmap (nmt_nfkc_cf), because the captions are lower case and people write
+  "A red ball". The engine applies the charsmap it is given and does not notice. `fold_case=False` gives
+  nmt_nfkc, as UMT5 has it.
 - No byte fallback: the fast tokenizer Wan was trained with never uses it (see the engine's tokenizer), and
   256 rows of a 512-row table would stand for bytes that no caption contains.
 """

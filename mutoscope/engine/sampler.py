@@ -71,12 +71,14 @@ class Sampler(NamedTuple):
 
     grid             number of steps to unshifted sigmas, high to low, without the final 0
     step             the update, from sigma i to sigma i + 1
+    multistep        the update needs the state of the step before
     whole_timesteps  the model was run at whole time steps
     fixed_steps      the only number of steps that works, None for any
     """
 
     grid: Callable[[int], Sequence[float]]
     step: StepFunction
+    multistep: bool
     whole_timesteps: bool
     fixed_steps: int | None = None
 
@@ -106,10 +108,11 @@ class Solver:
             raise ValueError(
                 f"velocity: shape {list(velocity.shape)} but {list(x.shape)} expected, as the latents"
             )
-        if (state.newer is None) != (i == 0) and SAMPLERS[self.sampler].step is not _euler:
+        row = SAMPLERS[self.sampler]
+        if row.multistep and (state.newer is None) != (i == 0):
             raise ValueError(f"step {i} with the state of {'the start' if i else 'a later step'}")
         x, velocity = x.to(torch.float32), velocity.to(torch.float32)
-        return SAMPLERS[self.sampler].step(x, velocity, i, state, self.sigmas)
+        return row.step(x, velocity, i, state, self.sigmas)
 
 
 def make_solver(sampler: str, sigmas: Sequence[float]) -> Solver:
@@ -260,8 +263,10 @@ def _linear(first: float) -> Callable[[int], Sequence[float]]:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "unipc": Sampler(_linear(_UNIPC_FIRST), _unipc, whole_timesteps=True),
-    "dpm++": Sampler(_linear(1.0), _dpmpp, whole_timesteps=True),
-    "euler": Sampler(_linear(1.0), _euler, whole_timesteps=False),
-    "distill4": Sampler(lambda steps: DISTILLED, _euler, whole_timesteps=False, fixed_steps=len(DISTILLED)),
+    "unipc": Sampler(_linear(_UNIPC_FIRST), _unipc, multistep=True, whole_timesteps=True),
+    "dpm++": Sampler(_linear(1.0), _dpmpp, multistep=True, whole_timesteps=True),
+    "euler": Sampler(_linear(1.0), _euler, multistep=False, whole_timesteps=False),
+    "distill4": Sampler(
+        lambda steps: DISTILLED, _euler, multistep=False, whole_timesteps=False, fixed_steps=len(DISTILLED)
+    ),
 }
