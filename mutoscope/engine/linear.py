@@ -1,0 +1,146 @@
+"""Linear layers and token tables that keep their weights packed, as the file stores them.
+
+A weight is unpacked for one product and forgotten: into a buffer that all layers of a model share, so a
+model needs the bytes of its file and room for its largest layer. One unpacking serves the whole batch (prompt
+and negative prompt together). Weights already stored in the compute dtype are used where they lie.
+
+*How* a product is computed is a `Precision`, chosen per layer when the model is built; layers and models do
+not know which. Inference only: the next layer overwrites the shared buffer, so nothing can be differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mutoscope.engine.gguf import GGMLType
+from mutoscope.engine.quants import dequantize, dequantize_rows
+
+FLOATS: dict[int, torch.dtype] = {
+    GGMLType.F32: torch.float32,
+    GGMLType.F16: torch.float16,
+    GGMLType.BF16: torch.bfloat16,
+}
+"""Stored types that are plain numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A tensor as stored: uint8 [nbytes], usually memory of the mapped file, never written to."""
+
+    data: Tensor
+    type_id: int
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether the stored bytes are `dtype` numbers that can be used in place."""
+        return FLOATS.get(self.type_id) == dtype and self.data.data_ptr() % dtype.itemsize == 0
+
+    def values(self, dtype: torch.dtype, buffer: Tensor | None = None) -> Tensor:
+        """The numbers, `dtype` of `shape`: a view of the stored bytes where possible, else in `buffer`."""
+        if self.is_plain(dtype):
+            return self.data.view(dtype).view(self.shape)
+        out = None if buffer is None else buffer[: self.numel]
+        return dequantize(self.type_id, self.data, dtype, out).view(self.shape)
+
+    def to(self, device: torch.device) -> Packed:
+        return Packed(self.data.to(device), self.type_id, self.shape)
+
+
+class Precision(Protocol):
+    """How the product of activations and a packed weight is computed."""
+
+    def admit(self, weight: Packed) -> None:
+        """Called once for every weight that will be used, before the first product."""
+
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+        """x [..., K] with a weight [N, K] and float32 bias [N] to [..., N]."""
+
+
+class Unpacked:
+    """The exact weights, rounded to `dtype`, and a dense product in that dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.buffer_numel = 0
+        self._buffers: dict[torch.device, Tensor] = {}
+
+    def admit(self, weight: Packed) -> None:
+        if not weight.is_plain(self.dtype):
+            self.buffer_numel = max(self.buffer_numel, weight.numel)
+
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+        w = weight.values(self.dtype, self._buffer(weight.data.device))
+        return F.linear(x.to(self.dtype), w, None if bias is None else bias.to(self.dtype))
+
+    def _buffer(self, device: torch.device) -> Tensor:
+        """Made at the first use, for the largest weight admitted; touched only as far as a weight reaches."""
+        if device not in self._buffers:
+            with torch.inference_mode(False):  # else it could not be written to outside of inference mode
+                self._buffers[device] = torch.empty(self.buffer_numel, dtype=self.dtype, device=device)
+        return self._buffers[device]
+
+
+class QuantLinear(nn.Module):
+    """`nn.Linear` on a packed weight [N, K]. `.to(device)` moves the packed bytes; the bias stays float32."""
+
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Packed, bias: Tensor | None, precision: Precision) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.type_id = weight.type_id
+        self.precision = precision
+        self.register_buffer("packed", weight.data, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        precision.admit(weight)
+
+    @property
+    def weight(self) -> Packed:
+        return Packed(self.packed, self.type_id, (self.out_features, self.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.precision.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {GGMLType(self.type_id).name}"
+
+
+class QuantEmbedding(nn.Module):
+    """`nn.Embedding` on a packed table [R, D]: unpacks only the rows asked for, in float32.
+
+    The table stays in host memory (a mapped file costs nothing there) and only the rows travel to the device.
+    """
+
+    def __init__(self, table: Packed) -> None:
+        super().__init__()
+        self.table = table
+        self.num_embeddings, self.embedding_dim = table.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 ids [...] to float32 rows [..., D]."""
+        rows = self.table.data.view(self.num_embeddings, -1)
+        found = dequantize_rows(self.table.type_id, rows, ids.flatten().to(rows.device))
+        return found.view(*ids.shape, -1).to(ids.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {GGMLType(self.table.type_id).name}"
+
+
+def default_compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where it is faster than float32: on GPUs and on CPUs with instructions for it."""
+    if device.type == "cpu" and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        return torch.float32
+    return torch.bfloat16
