@@ -126,9 +126,9 @@ class Tokenizer:
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:
     """The pieces in id order."""
     raw = metadata.get(KEY + "tokens")
-    if raw is None or isinstance(raw, str) or not len(raw):
+    if not isinstance(raw, (Sequence, np.ndarray)) or isinstance(raw, str) or not len(raw):
         raise WeightError(f"{KEY}tokens: missing or empty, a list of pieces expected.")
-    tokens = list(raw)
+    tokens = list(raw)  # also turns a lazy sequence into text, once
     odd = next((i for i, token in enumerate(tokens) if not isinstance(token, str)), None)
     if odd is not None:
         raise WeightError(f"{KEY}tokens: entry {odd} is {type(tokens[odd]).__name__}, text expected.")
@@ -175,7 +175,10 @@ def _unknown_id(metadata: Mapping[str, Any], types: np.ndarray) -> int:
             f"{KEY}token_type: {len(marked)} tokens of type UNKNOWN but one expected, "
             f"and {KEY}unknown_token_id is missing."
         )
-    return _id(metadata, "unknown_token_id", 0, len(types))
+    unk_id = _id(metadata, "unknown_token_id", 0, len(types))
+    if types[unk_id] == TokenType.UNUSED:
+        raise WeightError(f"{KEY}unknown_token_id: {unk_id} is UNUSED, a piece of the vocabulary expected.")
+    return unk_id
 
 
 def _vocabulary(tokens: Sequence[str], scores: np.ndarray, types: np.ndarray) -> list[tuple[str, float]]:
@@ -185,8 +188,6 @@ def _vocabulary(tokens: Sequence[str], scores: np.ndarray, types: np.ndarray) ->
     matches (spaces are gone before the model looks) and a score that does not move the price of unknowns.
     """
     (used,) = np.nonzero(types != TokenType.UNUSED)
-    if not len(used):
-        raise WeightError(f"{KEY}token_type: every one of the {len(types)} tokens is UNUSED.")
     end = int(used[-1]) + 1
     vocabulary = list(zip(tokens[:end], scores[:end].tolist(), strict=True))
     lowest = float(scores[used].min())
@@ -199,25 +200,27 @@ def _normalizers(metadata: Mapping[str, Any], *, collapse: bool) -> list[Any]:
     """The charsmap (NFKC and more, as trained) and, if asked for, single spaces with none at the ends."""
     steps: list[Any] = []
     charsmap = metadata.get(KEY + "precompiled_charsmap")
-    if charsmap is not None and len(charsmap):
-        steps.append(normalizers.Precompiled(_charsmap(charsmap)))
+    if charsmap is not None and np.size(charsmap):
+        steps.append(_charsmap(charsmap))
     if collapse:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(r"\s+"), " ")]
     return steps
 
 
-def _charsmap(raw: Any) -> bytes:
-    """Checked bytes: uint32 length of the trie, the trie (uint32 units), the texts it points to."""
+def _charsmap(raw: Any) -> Any:
+    """The normaliser of a charsmap: uint32 length of the trie, its uint32 units, the texts they name."""
+    name = KEY + "precompiled_charsmap"
     values = np.frombuffer(raw, np.uint8) if isinstance(raw, bytes) else np.asarray(raw)
     if values.ndim != 1 or values.dtype.kind not in "iu" or values.min() < -128 or values.max() > 255:
-        raise WeightError(f"{KEY}precompiled_charsmap: got {values.dtype} values but bytes expected.")
+        raise WeightError(f"{name}: got {values.dtype} values but bytes expected.")
     data = (values & 0xFF).astype(np.uint8).tobytes()  # some writers store bytes as int8
     trie_bytes = int.from_bytes(data[:4], "little")
     if trie_bytes % 4 or not 0 < trie_bytes <= len(data) - 4:
-        raise WeightError(
-            f"{KEY}precompiled_charsmap: {len(data)} bytes announce a trie of {trie_bytes}; damaged or cut."
-        )
-    return data
+        raise WeightError(f"{name}: {len(data)} bytes announce a trie of {trie_bytes}; damaged or cut.")
+    try:
+        return normalizers.Precompiled(data)
+    except Exception as error:  # the bindings raise nothing more precise
+        raise WeightError(f"{name} is damaged: {error}") from error
 
 
 def _added_tokens(tokens: Sequence[str], types: np.ndarray) -> list[AddedToken]:
