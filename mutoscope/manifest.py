@@ -1,0 +1,320 @@
+"""The `model.toml`: which files make up a model, and its defaults. Written by `pull`, or by hand.
+
+    name = "my-model"
+    sizes = [[832, 480], [480, 832]]
+
+    [files]                      # relative to this file
+    dit = "dit.gguf"
+    text_encoder = { path = "../files/umt5.gguf", sha256 = "...", size_bytes = 4145878880 }
+    vae = "/elsewhere/vae.safetensors"
+
+    [defaults]
+    steps = 50
+    ...
+
+Strict: an unknown key, a wrong type, or a relative path that leaves the folder is an error that names the
+place. docs/models.md describes every key for users.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from mutoscope.errors import FileError
+
+MANIFEST = "model.toml"
+SHARED_FILES = "files"
+"""Folder beside the installed sets that holds what several of them use."""
+
+Role = Literal["dit", "text_encoder", "vae"]
+ROLES: tuple[Role, ...] = ("dit", "text_encoder", "vae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a request gets that does not say otherwise."""
+
+    steps: int
+    guidance: float
+    shift: float
+    sampler: str
+    width: int
+    height: int
+    frames: int
+    fps: float
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the model was made for; 0 means: no limit known."""
+
+    max_frames: int = 0
+    max_pixels: int = 0
+    size_multiple: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFile:
+    """A file of an installed set. What a pull knew about it is kept."""
+
+    path: Path
+    sha256: str = ""
+    size_bytes: int = 0
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """dit_extra: further DiT files whose tensors are added (VACE modules on top of a base model);
+    vocabulary: JSON list of the words that the model knows, for prompt advice."""
+
+    dit: ModelFile
+    text_encoder: ModelFile
+    vae: ModelFile
+    dit_extra: tuple[ModelFile, ...] = ()
+    vocabulary: ModelFile | None = None
+
+    def all(self) -> tuple[ModelFile, ...]:
+        optional = (self.vocabulary,) if self.vocabulary else ()
+        return (self.dit, self.text_encoder, self.vae, *self.dit_extra, *optional)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelManifest:
+    """A `model.toml`, read and checked."""
+
+    name: str
+    files: ModelFiles
+    defaults: Defaults
+    title: str = ""
+    licence: str = ""
+    notes: str = ""
+    sizes: tuple[tuple[int, int], ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+    def check_files(self) -> None:
+        """Raise if a file is missing or has another size than when it was installed."""
+        for file in self.files.all():
+            if not file.path.is_file():
+                raise FileError(f"model {self.name}: {file.path} is missing.", hint=_PULL_AGAIN)
+            size = file.path.stat().st_size
+            if file.size_bytes and size != file.size_bytes:
+                raise FileError(
+                    f"model {self.name}: {file.path} has {size} bytes, {file.size_bytes} expected.",
+                    hint=_PULL_AGAIN,
+                )
+
+
+_PULL_AGAIN = "Pull the model again, or correct its model.toml."
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A question with the nearest names, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(near)}?" if near else ""
+
+
+_TEXT_KEYS = ("name", "title", "licence", "notes")
+_TOP_KEYS = (*_TEXT_KEYS, "files", "defaults", "sizes", "limits")
+_FILE_KEYS = ("path", "sha256", "size_bytes", "source")
+
+
+def read_manifest(path: str | Path) -> ModelManifest:
+    """Read and check a model.toml; whether its files are there, `check_files` says."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file.", hint="A model is a folder with a model.toml.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise FileError(f"{path}: is not a readable TOML file ({e}).") from e
+
+    _only(table, _TOP_KEYS, str(path))
+    texts = {key: _typed(table, key, str, str(path), "") for key in _TEXT_KEYS}
+    if not texts["name"]:
+        raise FileError(f"{path}: has no name.", hint='Add a line like: name = "my-model"')
+    return ModelManifest(
+        **texts,
+        files=_files(_section(table, "files", path), path),
+        defaults=_defaults(_section(table, "defaults", path), path),
+        limits=_record(Limits, table.get("limits", {}), f"{path} [limits]"),
+        sizes=_sizes(table.get("sizes", []), path),
+    )
+
+
+def write_manifest(manifest: ModelManifest, path: str | Path) -> None:
+    """Write a model.toml at once: whoever reads it sees the old one or the whole new one."""
+    path = Path(path)
+
+    def place(file: Path) -> str:
+        relative = os.path.relpath(file, path.parent)
+        return PurePosixPath(Path(relative)).as_posix() if _stays(relative) else str(file.absolute())
+
+    def described(file: ModelFile) -> str:
+        facts = {"path": place(file.path), "sha256": file.sha256, "size_bytes": file.size_bytes}
+        facts["source"] = file.source
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in facts.items() if v) + " }"
+
+    lines = [f"{key} = {_toml(getattr(manifest, key))}" for key in _TEXT_KEYS if getattr(manifest, key)]
+    if manifest.sizes:
+        lines.append(f"sizes = {_toml([list(s) for s in manifest.sizes])}")
+    lines += ["", "[files]"]
+    lines += [f"{role} = {described(getattr(manifest.files, role))}" for role in ROLES]
+    if manifest.files.dit_extra:
+        lines.append(f"dit_extra = [{', '.join(described(f) for f in manifest.files.dit_extra)}]")
+    if manifest.files.vocabulary:
+        lines.append(f"vocabulary = {described(manifest.files.vocabulary)}")
+    for section in ("defaults", "limits"):
+        lines += ["", f"[{section}]"]
+        lines += [
+            f"{k} = {_toml(v)}" for k, v in vars(getattr(manifest, section)).items() if v not in ("", 0)
+        ]
+    part = path.with_name(path.name + ".part")
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _files(table: Mapping[str, Any], path: Path) -> ModelFiles:
+    where = f"{path} [files]"
+    _only(table, (*ROLES, "dit_extra", "vocabulary"), where)
+    missing = [role for role in ROLES if role not in table]
+    if missing:
+        raise FileError(
+            f"{where}: {', '.join(missing)} missing.", hint="A model needs dit, text_encoder and vae."
+        )
+    extra = table.get("dit_extra", [])
+    if not isinstance(extra, list):
+        raise FileError(f"{where}: dit_extra is {_kind(extra)}, a list of files expected.")
+    return ModelFiles(
+        dit=_file(table["dit"], path, f"{where} dit"),
+        text_encoder=_file(table["text_encoder"], path, f"{where} text_encoder"),
+        vae=_file(table["vae"], path, f"{where} vae"),
+        dit_extra=tuple(_file(e, path, f"{where} dit_extra {i}") for i, e in enumerate(extra)),
+        vocabulary=_file(table["vocabulary"], path, f"{where} vocabulary") if "vocabulary" in table else None,
+    )
+
+
+def _file(value: Any, toml: Path, where: str) -> ModelFile:
+    """A file is its path, or a table with the path and what is known about it."""
+    table = {"path": value} if isinstance(value, str) else value
+    if not isinstance(table, dict):
+        raise FileError(f"{where}: is {_kind(value)}, a path or a table with a path expected.")
+    _only(table, _FILE_KEYS, where)
+    written = _typed(table, "path", str, where, "")
+    if not written:
+        raise FileError(f"{where}: has no path.")
+    sha256 = _typed(table, "sha256", str, where, "")
+    if sha256 and (len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef")):
+        raise FileError(f"{where}: sha256 is {sha256!r}, 64 hexadecimal digits expected.")
+    if not os.path.isabs(written) and not _stays(written):
+        raise FileError(
+            f"{where}: {written} leaves the model's folder.",
+            hint=f"Only ../{SHARED_FILES}/ may be named relatively; write other places as absolute paths.",
+        )
+    return ModelFile(
+        path=Path(os.path.normpath(toml.parent.absolute() / written)),
+        sha256=sha256,
+        size_bytes=_typed(table, "size_bytes", int, where, 0),
+        source=_typed(table, "source", str, where, ""),
+    )
+
+
+def _stays(relative: str) -> bool:
+    parts = Path(os.path.normpath(relative.replace("\\", "/"))).parts
+    return ".." not in parts or (parts[:2] == ("..", SHARED_FILES) and ".." not in parts[1:])
+
+
+def _defaults(table: Mapping[str, Any], path: Path) -> Defaults:
+    where = f"{path} [defaults]"
+    defaults = _record(Defaults, table, where)
+    for key in ("steps", "guidance", "shift", "width", "height", "frames", "fps"):
+        if getattr(defaults, key) <= 0:
+            raise FileError(f"{where}: {key} is {getattr(defaults, key)}, more than 0 expected.")
+    if defaults.frames % 4 != 1:
+        raise FileError(f"{where}: frames is {defaults.frames}, 4n+1 expected.", hint="For example 17 or 81.")
+    return defaults
+
+
+def _sizes(value: Any, path: Path) -> tuple[tuple[int, int], ...]:
+    def is_size(pair: Any) -> bool:
+        return (
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair)
+        )
+
+    if not isinstance(value, list) or not all(is_size(pair) for pair in value):
+        raise FileError(f"{path}: sizes is {value!r}, a list like [[832, 480], [480, 832]] expected.")
+    return tuple((width, height) for width, height in value)
+
+
+_T = TypeVar("_T")
+
+
+def _record(kind: type[_T], table: Any, where: str) -> _T:
+    """A flat dataclass from a TOML table: its fields are the only keys."""
+    if not isinstance(table, dict):
+        raise FileError(f"{where}: is {_kind(table)}, a table expected.")
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    _only(table, known, where)
+    types = {"int": int, "float": float, "str": str}
+    values = {key: _typed(table, key, types[str(known[key].type)], where, None) for key in table}
+    missing = [f.name for f in known.values() if f.default is dataclasses.MISSING and f.name not in table]
+    if missing:
+        raise FileError(f"{where}: {', '.join(missing)} missing.")
+    return kind(**values)
+
+
+def _section(table: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    section = table.get(key)
+    if not isinstance(section, dict):
+        raise FileError(f"{path}: has no [{key}] section.", hint="See docs/models.md for an example.")
+    return section
+
+
+def _typed(table: Mapping[str, Any], key: str, kind: type, where: str, default: Any) -> Any:
+    value = table.get(key, default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise FileError(f"{where}: {key} is {_kind(value)}, {_KINDS[kind]} expected.")
+    return value
+
+
+_KINDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+}
+
+
+def _kind(value: Any) -> str:
+    return f"{_KINDS.get(type(value), type(value).__name__)} ({value!r})"
+
+
+def _only(table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for key in table:
+        if key not in known:
+            hint = suggest(key, known) or f"Known: {', '.join(known)}."
+            raise FileError(f"{where}: unknown key {key!r}.", hint=hint)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for this one character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
