@@ -140,9 +140,9 @@ def mutate(rng: random.Random) -> bytes:
 
 def mutate_fields(rng: random.Random, fields: Fields) -> None:
     at = rng.randrange(len(fields))
+    numbers = [i for i, field in enumerate(fields) if len(field) in (4, 8)]
     match rng.randrange(8):
-        case 0 | 1 | 2:  # a number becomes another one
-            numbers = [i for i, field in enumerate(fields) if len(field) in (4, 8)]
+        case 0 | 1 | 2 if numbers:  # a number becomes another one
             at = rng.choice(numbers)
             if len(fields[at]) == 4:
                 fields[at] = u32(rng.choice([*SMALL, rng.randrange(64)]))
