@@ -1,13 +1,13 @@
 """Fetching model sets from the Hugging Face hub or a mirror, and removing them.
 
     plan      one HEAD request per file: size, SHA-256, commit; what is here already; does the disk suffice
-    download  into <models dir>/files/<first 12 of the SHA-256>-<name>.part, resumed where an earlier try stopped
+    download  into <models dir>/files/<12 digits of the SHA-256>-<name>.part, resumed where a try stopped
     verify    SHA-256 of the whole file, then its .part is dropped from the name
     install   the set's model.toml is written last: a half-pulled model is never installed
 
-Files are kept by content, so the text encoder and the VAE are fetched once for all sets. huggingface_hub does the
-talking (addresses, tokens, proxies, error codes); the bytes are streamed here, because its own download starts
-again from zero in every new process, which hurts with 12 GB.
+Files are kept by content, so the text encoder and the VAE are fetched once for all sets. huggingface_hub does
+the talking (addresses, tokens, proxies, error codes); the bytes are streamed here, because its own download
+starts again from zero in every new process, which hurts with 12 GB.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from mutoscope import __version__
 from mutoscope.catalog import POCKET, ModelSet, folder_name, installed_models, known_model
@@ -57,7 +57,7 @@ MAX_STALLS = 5
 """So many tries in a row that bring no byte end a download; any progress starts the count anew."""
 RETRY_WAIT_S = 1.0
 TIMEOUT_S = 30.0
-_CHUNK = 1 << 20
+TELL_EVERY_S = 0.1
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
@@ -226,7 +226,7 @@ def _plan_file(model: ModelSet, role: Role, models_dir: Path, endpoint: str) -> 
         raise DownloadError(
             f"{remote.repo}/{remote.path} at {endpoint} has SHA-256 {sha256[:12]}…, "
             f"{remote.sha256[:12]}… expected by this version of Mutoscope.",
-            hint="The file was replaced upstream, or the mirror is not trustworthy. Update, or use another endpoint.",
+            hint="It was replaced upstream, or the mirror is not to be trusted: update or change endpoint.",
         )
     commit = meta.commit_hash or remote.revision
     target = models_dir / SHARED_FILES / f"{sha256[:12]}-{remote.name}"
@@ -252,7 +252,7 @@ def _plan_file(model: ModelSet, role: Role, models_dir: Path, endpoint: str) -> 
 
 
 def _token(endpoint: str) -> str | None:
-    """A token in the environment is for the endpoint in use; one stored by `hf auth login` only for the hub."""
+    """A token in the environment is for the endpoint in use; one stored by `hf auth login` for the hub."""
     return os.environ.get("HF_TOKEN") or (get_token() if endpoint == HUB else None)
 
 
@@ -267,7 +267,7 @@ def _free_space(folder: Path) -> int:
 
 
 class _Meter:
-    """Adds up bytes over files and tells the caller, at most ten times a second."""
+    """Adds up bytes over files and tells the caller now and then."""
 
     def __init__(self, planned: PullPlan, tell: Callable[[Progress], None] | None) -> None:
         self.tell = tell
@@ -280,7 +280,7 @@ class _Meter:
     ) -> None:
         self.fetched += new
         now = time.monotonic()
-        if self.tell and (force or now - self.told >= 0.1):
+        if self.tell and (force or now - self.told >= TELL_EVERY_S):
             self.told = now
             speed = self.fetched / max(now - self.began, 1e-6)
             name = Path(file.name).name
@@ -303,8 +303,8 @@ def _fetch(file: PlannedFile, endpoint: str, meter: _Meter) -> None:
         if digest != file.sha256:
             file.part.unlink()
             raise DownloadError(
-                f"{file.repo}/{file.name}: the download has SHA-256 {digest[:12]}…, {file.sha256[:12]}… expected. "
-                "It was thrown away.",
+                f"{file.repo}/{file.name}: the download has SHA-256 {digest[:12]}…, "
+                f"{file.sha256[:12]}… expected. It was thrown away.",
                 hint="Try again; if it happens twice, use another endpoint.",
             )
         os.replace(file.part, file.target)
@@ -361,7 +361,7 @@ def _stream(file: PlannedFile, start: int, endpoint: str, meter: _Meter) -> None
             )
         done = start if resumed else 0
         with file.part.open("ab" if resumed else "wb") as out:
-            for chunk in response.iter_bytes(_CHUNK):
+            for chunk in response.iter_bytes():  # as it arrives: nothing is lost when the connection drops
                 out.write(chunk)
                 done += len(chunk)
                 meter("download", file, min(done, file.size_bytes), new=len(chunk))
@@ -374,7 +374,7 @@ def _stream(file: PlannedFile, start: int, endpoint: str, meter: _Meter) -> None
 def _sha256(file: PlannedFile, meter: _Meter) -> str:
     digest, done = hashlib.sha256(), 0
     with file.part.open("rb") as source:
-        while chunk := source.read(8 * _CHUNK):
+        while chunk := source.read(1 << 23):
             digest.update(chunk)
             done += len(chunk)
             meter("verify", file, done)
@@ -429,7 +429,7 @@ def _only_pull(shared: Path) -> Iterator[None]:
 
 
 def _transport_error() -> tuple[type[Exception], ...]:
-    """What the session raises when the network fails: huggingface_hub talks through httpx or, later, httpx2."""
+    """What the session raises when the network fails: huggingface_hub uses httpx or, later, httpx2."""
     library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
     return (library.HTTPError, library.StreamError)
 
