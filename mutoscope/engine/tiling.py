@@ -1,8 +1,8 @@
 """The VAE in tiles: frames larger than the working memory of a whole one.
 
-Each tile is a clip of its own with its own stream in time; all advance together, one chunk at a time, and their
-seams are blended. What tiles save is the working memory of the widest layers. What the streams remember still
-covers the whole frame, so nothing has to be computed twice and frames come out in order.
+Each tile is a clip of its own with its own stream in time; all advance together, one chunk at a time, and
+their seams are blended. What tiles save is the working memory of the widest layers. What the streams remember
+still covers the whole frame, so nothing has to be computed twice and frames come out in order.
 
 Tiles differ from the whole frame near their seams: convolutions see their padding there, and the attention in
 the middle of the network sees only its tile.
@@ -57,7 +57,7 @@ def encode_tiled(
 def _in_latents(tile_px: int, overlap_px: int) -> tuple[int, int]:
     tile, overlap = tile_px // SPATIAL_STRIDE, overlap_px // SPATIAL_STRIDE
     if not 0 < 2 * overlap <= tile:
-        raise ValueError(f"overlap of {overlap_px} px, expected {SPATIAL_STRIDE} to half a tile of {tile_px} px")
+        raise ValueError(f"overlap of {overlap_px} px, expected 8 to half a tile of {tile_px} px")
     return tile, overlap
 
 
@@ -75,7 +75,7 @@ def _scaled(span: slice, by: int = SPATIAL_STRIDE) -> slice:
 
 
 def _weights(spans: Sequence[slice], scale: int, ramp: int) -> list[Tensor]:
-    """The share of each span in its outputs: linear over `ramp` outputs at inner edges, one in all at every place."""
+    """The share of each span in its outputs: linear over `ramp` outputs at inner edges, 1 in sum."""
     spans = [_scaled(span, scale) for span in spans]
     total = torch.zeros(spans[-1].stop)
     raw = []

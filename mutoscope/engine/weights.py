@@ -146,13 +146,15 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], list[Stored]]:
         fail(f"header of {header_bytes} bytes in a file of {len(mapped)}")
     try:
         header: dict[str, Any] = json.loads(mapped[8:data_start])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"header is not JSON ({error})")
 
     def reader(start: int, stop: int) -> Callable[[], Tensor]:
         return lambda: as_tensor(np.frombuffer(mapped, np.uint8, stop - start, start))
 
-    metadata = {key: _decoded(value) for key, value in header.pop("__metadata__", {}).items()}
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        fail("metadata is malformed, expected strings under names")
     tensors = []
     for name, entry in header.items():
         try:
@@ -165,16 +167,17 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], list[Stored]]:
                  hint="Choose the 16-bit or a GGUF version of this model.")  # fmt: skip
         type_id = _SAFETENSORS[dtype]
         nbytes = math.prod(shape) * BLOCKS[type_id].nbytes
-        if not data_start <= start <= stop <= len(mapped) or stop - start != nbytes:
+        sound = all(n >= 0 for n in shape) and data_start <= start <= stop <= len(mapped)
+        if not sound or stop - start != nbytes:
             fail(f"tensor {name!r} {dtype} {list(shape)} has bytes {start} to {stop} of {len(mapped)}")
         tensors.append(Stored(name, shape, type_id, nbytes, path, reader(start, stop)))
-    return metadata, tensors
+    return {key: _decoded(value) for key, value in metadata.items()}, tensors
 
 
 def _decoded(value: str) -> Any:
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

@@ -127,8 +127,8 @@ def exact_gelu(model: UMT5Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "mutate",
-    [buckets_off_by_one, buckets_of_query_minus_key, shorter_distance, one_table_for_all_layers, scaled_logits,
-     padding_attended, gate_and_up_swapped],
+    [buckets_off_by_one, buckets_of_query_minus_key, shorter_distance, one_table_for_all_layers,
+     scaled_logits, padding_attended, gate_and_up_swapped],
 )  # fmt: skip
 def test_mutant_is_caught(reference, save, ids, assert_broken, monkeypatch, mutate):
     model = load(save(reference.state_dict()))
