@@ -183,7 +183,8 @@ def model(quant: str = "q4", **files: RemoteFile) -> ModelSet:
 
 
 def test_pull_installs_a_usable_model(fake: FakeHub, tmp_path: Path) -> None:
-    announced, told = [], list[Progress]()
+    announced: list[hub.PullPlan] = []
+    told: list[Progress] = []
     planned, manifest = pull(
         model(), tmp_path, endpoint=fake.endpoint, announce=announced.append, progress=told.append
     )

@@ -259,7 +259,7 @@ def test_writer_refuses(tmp_path: Path) -> None:
         with pytest.raises(MediaError, match=r"frame 0 is 16x32, 32x32 expected"):
             writer.write(frame[:, :16])
         with pytest.raises(MediaError, match=r"got float32 \[32, 32, 3\].*Multiply by 255"):
-            writer.write(frame.astype(np.float32))  # type: ignore[arg-type]
+            writer.write(frame.astype(np.float32))
         writer.write(frame)
     with pytest.raises(MediaError, match="already closed"):
         writer.write(frame)
