@@ -241,7 +241,7 @@ class Block(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         dim, eps = config.dim, config.eps
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = nn.Parameter(torch.normal(0.0, dim**-0.5, (1, 6, dim)))
         self.self_attn = SelfAttention(dim, config.n_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, config.n_heads, eps)
@@ -272,7 +272,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, c_in: int, dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(dim, c_in, 1, 2, 2) / (4 * c_in) ** 0.5)
+        self.weight = nn.Parameter(torch.normal(0.0, (4 * c_in) ** -0.5, (dim, c_in, 1, 2, 2)))
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x_BCFHW: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class Head(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.head = nn.Linear(config.dim, 4 * config.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.normal(0.0, config.dim**-0.5, (1, 2, config.dim)))
         self.eps = config.eps
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
@@ -321,26 +321,27 @@ class WanModel(nn.Module):
         e = self.time_embedding["2"](F.silu(self.time_embedding["0"](emb))).float()
         return TimeModulation(e, self.time_projection["1"](F.silu(e)).float().unflatten(1, (6, -1)))
 
-    def text_context(self, rows_BSE: Tensor, lengths: Sequence[int], *, vace: bool = True) -> TextContext:
+    def text_context(self, rows_BSE: Tensor, lengths: Sequence[int] | Tensor, *, vace: bool = True) -> TextContext:
         """Encoder rows [B, S, E] of which the first lengths[b] are real, to keys and values for every block.
 
         Rows after the length are ignored. With `text_length` set, the official padding is added as one key per
         sample whose logit carries log(number of padding rows).
         """
-        n = int(max(lengths))
-        rows = rows_BSE[:, :n]
-        counts = torch.as_tensor(lengths, device=rows.device)
-        bias = torch.zeros(len(lengths), n, device=rows.device)
-        bias = bias.masked_fill(torch.arange(n, device=rows.device) >= counts[:, None], -math.inf)
-        pad_rows = (self.config.text_length - counts).clamp(min=0)
-        if pad_rows.any():
-            rows = torch.cat((rows, rows.new_zeros(rows.shape[0], 1, rows.shape[2])), dim=1)
-            bias = torch.cat((bias, pad_rows.float().log()[:, None]), dim=1)
+        n, padded = rows_BSE.shape[1], self.config.text_length > 0
+        rows, bias = rows_BSE, None
+        if padded or isinstance(lengths, Tensor) or min(lengths) < n:
+            counts = torch.as_tensor(lengths, device=rows.device)
+            bias = torch.zeros(rows.shape[0], n, device=rows.device)
+            bias = bias.masked_fill(torch.arange(n, device=rows.device) >= counts[:, None], -math.inf)
+            if padded:
+                rows = torch.cat((rows, rows.new_zeros(rows.shape[0], 1, rows.shape[2])), dim=1)
+                pad_rows = (self.config.text_length - counts).clamp(min=0)
+                bias = torch.cat((bias, pad_rows.float().log()[:, None]), dim=1)
+            bias = bias[:, None, None, :]
         text = self.text_embedding["2"](F.gelu(self.text_embedding["0"](rows), approximate="tanh"))
         blocks = [*self.blocks, *(self.vace_blocks if vace and self.config.vace_layers else ())]
         pairs = [block.cross_attn.keys_values(text) for block in blocks]
-        needs_bias = bool((bias != 0).any())
-        return TextContext([k for k, _ in pairs], [v for _, v in pairs], bias[:, None, None, :] if needs_bias else None)
+        return TextContext([k for k, _ in pairs], [v for _, v in pairs], bias)
 
     def vace_tokens(self, context_BCFHW: Tensor) -> Tensor:
         """The VACE context [B, 96, F, H, W] as tokens [B, L, D]; the same in every step."""
