@@ -420,12 +420,30 @@ def _to_q8_0(x: Tensor) -> Tensor:
 # 3. With the factors as stored, levels are rounded anew; then the block's own factors are solved for those
 #    levels, and kept where the error has become smaller.
 #
-# Sub-blocks lie along the first axis, x_SNG = [element, block, sub-block]: sums over a sub-block then run
-# over whole vectors, which is several times faster than summing 16 neighbours.
+# Elements of a sub-block lie along the first axis, x_SNG = [element, block, sub-block]: sums over a sub-block
+# then run over whole vectors, which is several times faster than summing 16 neighbours. Sums are taken in
+# pairs, in a fixed order: torch's own order depends on chunk and threads, and with it the last bit and,
+# through the search, now and then a level.
 
 
 def _sub_blocks(x_NE: Tensor, size: int) -> Tensor:
     return x_NE.view(len(x_NE), -1, size).permute(2, 0, 1).contiguous()
+
+
+def _over_elements(x_SNG: Tensor) -> Tensor:
+    """Sum over the elements of each sub-block: [N, G]. Their number is a power of two."""
+    while len(x_SNG) > 1:
+        half = len(x_SNG) // 2
+        x_SNG = x_SNG[:half] + x_SNG[half:]
+    return x_SNG[0]
+
+
+def _over_sub_blocks(x_NG: Tensor) -> Tensor:
+    """Sum over the sub-blocks of each block: [N, 1]. Their number is a power of two."""
+    while x_NG.shape[1] > 1:
+        half = x_NG.shape[1] // 2
+        x_NG = x_NG[:, :half] + x_NG[:, half:]
+    return x_NG
 
 
 def _elements(q_SNG: Tensor, *shape: int) -> Tensor:
@@ -443,16 +461,16 @@ def _fit_affine(x_SNG: Tensor, top: int, steps: list[float]) -> tuple[Tensor, Te
     low = x_SNG.amin(0).clamp_(max=0)
     above = x_SNG - low
     inverse = _inverse(above.amax(0))
-    sum_x = x_SNG.sum(0)
+    sum_x = _over_elements(x_SNG)
     best_scale, best_qq = torch.zeros_like(low), torch.zeros_like(low)
     best_shift = (sum_x / size).clamp_(max=0)
     best_gain = best_shift * sum_x
     q, product = torch.empty_like(above), torch.empty_like(above)
     for step in steps:
         torch.mul(above, inverse * (top + step), out=q).round_().clamp_(0, top)
-        sum_q = q.sum(0)
-        sum_qq = torch.mul(q, q, out=product).sum(0)
-        sum_xq = torch.mul(q, x_SNG, out=product).sum(0)
+        sum_q = _over_elements(q)
+        sum_qq = _over_elements(torch.mul(q, q, out=product))
+        sum_xq = _over_elements(torch.mul(q, x_SNG, out=product))
         inverse_det = _inverse(size * sum_qq - sum_q * sum_q)
         shift = (sum_qq * sum_x - sum_q * sum_xq) * inverse_det
         scale = (size * sum_xq - sum_x * sum_q) * inverse_det
@@ -478,7 +496,7 @@ def _fit_symmetric(
     best_gain, best_scale, best_qq = (torch.zeros_like(low) for _ in range(3))
     for step in steps:
         q = snap(x_SNG * (inverse * (reach + step)))
-        sum_xq, sum_qq = (x_SNG * q).sum(0), (q * q).sum(0)
+        sum_xq, sum_qq = _over_elements(x_SNG * q), _over_elements(q * q)
         scale = sum_xq * _inverse(sum_qq)
         gain = scale * sum_xq
         better = gain > best_gain
@@ -498,9 +516,9 @@ def _fit_scales(scale_NG: Tensor, weight_NG: Tensor, low: int, top: int) -> tupl
     best_d, best_q = torch.zeros_like(peak), torch.zeros_like(scale_NG)
     for step in _steps(-0.06, 0.06, 25):
         q = (scale_NG * (_inverse(peak) * (reach * (1 + step)))).round_().clamp_(low, top)
-        d = (weight_NG * q * scale_NG).sum(1, True) * _inverse((weight_NG * q * q).sum(1, True))
+        d = _over_sub_blocks(weight_NG * q * scale_NG) * _inverse(_over_sub_blocks(weight_NG * q * q))
         d = d.half().float()
-        error = (weight_NG * (d * q - scale_NG).square_()).sum(1, True)
+        error = _over_sub_blocks(weight_NG * (d * q - scale_NG).square_())
         better = error < best_error
         torch.where(better, error, best_error, out=best_error)
         torch.where(better, d, best_d, out=best_d)
@@ -529,16 +547,16 @@ def _affine_k_fit(x_NE: Tensor, size: int, top: int, scale_top: int, steps: list
         """Nearest levels, and the block's squared error [N, 1] with them."""
         factor, shift = d * scale_q, dmin * low_q
         q = ((x + shift) * _inverse(factor)).round_().clamp_(0, top)
-        return q, (q * factor - shift).sub_(x).square_().sum(0).sum(1, True)
+        return q, _over_sub_blocks(_over_elements((q * factor - shift).sub_(x).square_()))
 
     q, error = levels(d, dmin)
-    sum_x = x.sum(0)
+    sum_x = _over_elements(x)
     for _ in range(2):
-        sum_q, sum_qq, sum_xq = q.sum(0), (q * q).sum(0), (q * x).sum(0)
-        aa = (scale_q * scale_q * sum_qq).sum(1, True)
-        ab = (scale_q * low_q * sum_q).sum(1, True)
-        bb = (low_q * low_q).sum(1, True) * size
-        ax, bx = (scale_q * sum_xq).sum(1, True), (low_q * sum_x).sum(1, True)
+        sum_q, sum_qq, sum_xq = (_over_elements(v) for v in (q, q * q, q * x))
+        aa = _over_sub_blocks(scale_q * scale_q * sum_qq)
+        ab = _over_sub_blocks(scale_q * low_q * sum_q)
+        bb = _over_sub_blocks(low_q * low_q) * size
+        ax, bx = _over_sub_blocks(scale_q * sum_xq), _over_sub_blocks(low_q * sum_x)
         inverse = _inverse(aa * bb - ab * ab)
         new_d = torch.where(inverse == 0, ax * _inverse(aa), (ax * bb - ab * bx) * inverse).half().float()
         new_dmin = torch.where(inverse == 0, dmin, (ab * ax - aa * bx) * inverse).half().float()
@@ -565,13 +583,13 @@ def _symmetric_k_fit(
     def levels(d: Tensor) -> tuple[Tensor, Tensor]:
         factor = d * scale_q
         q = snap(x * _inverse(factor))
-        return q, (q * factor).sub_(x).square_().sum(0).sum(1, True)
+        return q, _over_sub_blocks(_over_elements((q * factor).sub_(x).square_()))
 
     q, error = levels(d)
     for _ in range(2):
-        sum_qq, sum_xq = (q * q).sum(0), (q * x).sum(0)
-        aa = (scale_q * scale_q * sum_qq).sum(1, True)
-        new_d = ((scale_q * sum_xq).sum(1, True) * _inverse(aa)).half().float()
+        sum_qq, sum_xq = _over_elements(q * q), _over_elements(q * x)
+        aa = _over_sub_blocks(scale_q * scale_q * sum_qq)
+        new_d = (_over_sub_blocks(scale_q * sum_xq) * _inverse(aa)).half().float()
         new_q, new_error = levels(new_d)
         better = new_error < error
         q, error = torch.where(better, new_q, q), torch.where(better, new_error, error)

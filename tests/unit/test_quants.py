@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import gguf
 import numpy as np
 import pytest
@@ -19,6 +21,15 @@ HALVES = {
 FLOATS = {"F32", "F16", "BF16"}
 TYPES = pytest.mark.parametrize("name", [quant.name for quant in QUANTS.values()])
 PACKED = pytest.mark.parametrize("name", [q.name for q in QUANTS.values() if q.name not in FLOATS])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors on a busy machine: threads would only wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 def reference(name: str, packed: np.ndarray) -> np.ndarray:
