@@ -6,9 +6,9 @@ layout differ only in the fields of `Conditioning` that are set.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -85,7 +85,8 @@ class GenerationRequest:
     """One video. None means: the model's default.
 
     width, height in pixels (multiples of 16), frames = 4n+1, fps in frames per second, guidance is the classifier-free
-    guidance scale (1.0 = one pass per step), shift moves the noise schedule towards high noise.
+    guidance scale (1.0 = one pass per step), shift moves the noise schedule towards high noise, a missing seed is drawn
+    at random.
     """
 
     prompt: str
@@ -99,37 +100,24 @@ class GenerationRequest:
     guidance: float | None = None
     shift: float | None = None
     sampler: str | None = None
-    seed: int = 0
+    seed: int | None = None
     quality: Literal["draft", "standard"] = "standard"
 
     def summary(self) -> dict[str, Any]:
-        """JSON-able description for metadata: arrays become their shapes, unset fields are left out."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, np.ndarray):
-                return f"array{list(value.shape)}"
-            if isinstance(value, Path):
-                return str(value)
-            if isinstance(value, dict):
-                return {k: plain(v) for k, v in value.items() if v not in (None, (), {})}
-            if isinstance(value, (list, tuple)):
-                return [plain(v) for v in value]
-            return value
-
-        out = {k: v for k, v in asdict(self).items() if v is not None}
-        out["conditioning"] = {
-            f: plain(getattr(self.conditioning, f)) if not hasattr(getattr(self.conditioning, f), "__dataclass_fields__")
-            else plain(asdict(getattr(self.conditioning, f)))
-            for f in self.conditioning.__dataclass_fields__
-            if _is_set(getattr(self.conditioning, f)) and (f, getattr(self.conditioning, f)) not in _QUIET
-        }
-        if not out["conditioning"]:
-            del out["conditioning"]
-        return {k: plain(v) for k, v in out.items()}
+        """JSON-able description, for metadata: what is unset is left out, arrays are named by their shape."""
+        return cast(dict[str, Any], _plain(self))
 
 
-_QUIET = (("control", "as-is"), ("strength", 1.0))
-
-
-def _is_set(value: Any) -> bool:
-    return value is not None and not (isinstance(value, tuple) and not value)
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return f"array {list(value.shape)}"
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if is_dataclass(value):
+        given = {f.name: getattr(value, f.name) for f in fields(value)}
+        defaults = {f.name: f.default for f in fields(value)}
+        out = {k: _plain(v) for k, v in given.items() if isinstance(v, np.ndarray) or v != defaults[k]}
+        return {k: v for k, v in out.items() if v not in (None, {})}
+    return value

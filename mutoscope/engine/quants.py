@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -226,12 +227,18 @@ def _q4_1(blocks: Tensor, y: Tensor) -> None:
     y.copy_(q).mul_(d).add_(m)
 
 
+@cache
+def _spread_bits(device: torch.device) -> Tensor:
+    """int64 [256]: entry b, read as 8 bytes, holds bit k of b in byte k, at the place of a fifth bit (16)."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return (bits * 16).to(torch.uint8).view(torch.int64).view(256).to(device)
+
+
 def _five_bits(low: Tensor, high: Tensor) -> Tensor:
     """Q5_0 and Q5_1: uint8 [N, 16] nibbles and uint8 [N, 4] with bit i for element i, to uint8 [N, 32]."""
     q = _bytes(_unpack(_words(low), NIBBLES, 0x0F), 32)
-    bits = torch.arange(8, dtype=torch.uint8, device=low.device)
-    fifth = (high.unsqueeze(-1) >> bits).bitwise_and_(1).bitwise_left_shift_(4)
-    return q.bitwise_or_(fifth.view(-1, 32))
+    fifth = _spread_bits(high.device).index_select(0, high.int().view(-1))
+    return q.bitwise_or_(fifth.view(torch.uint8).view(-1, 32))
 
 
 def _q5_0(blocks: Tensor, y: Tensor) -> None:

@@ -35,6 +35,14 @@ WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
 WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
 
+# A linear picture of the official latents for previews: a row of RGB per channel, then the offsets
+# (Comfy-Org/ComfyUI latent_formats.py, Wan21).
+WAN_RGB = ((-0.1299, -0.1692, 0.2932), (0.0671, 0.0406, 0.0442), (0.3568, 0.2548, 0.1747), (0.0372, 0.2344, 0.1420),
+           (0.0313, 0.0189, -0.0328), (0.0296, -0.0956, -0.0665), (-0.3477, -0.4059, -0.2925), (0.0166, 0.1902, 0.1975),
+           (-0.0412, 0.0267, -0.1364), (-0.1293, 0.0740, 0.1636), (0.0680, 0.3019, 0.1128), (0.0032, 0.0581, 0.0639),
+           (-0.1251, 0.0927, 0.1699), (0.0060, -0.0633, 0.0005), (0.3477, 0.2275, 0.2950), (0.1984, 0.0913, 0.1861),
+           (-0.1835, -0.0868, -0.3360))  # fmt: skip
+
 TEMPORAL_STRIDE = 4
 SPATIAL_STRIDE = 8
 
@@ -98,10 +106,14 @@ class VAEConfig:
     temporal: tuple[bool, ...]
     mean: tuple[float, ...] = field(default=WAN_MEAN, repr=False)
     std: tuple[float, ...] = field(default=WAN_STD, repr=False)
+    rgb: tuple[tuple[float, ...], ...] = field(default=WAN_RGB, repr=False)
 
     @classmethod
     def from_tensors(cls, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]) -> VAEConfig:
-        """Read the architecture off tensor names and shapes; latent statistics from `vae.latent_mean`/`_std` if present."""
+        """Read the architecture off tensor names and shapes.
+
+        Latent statistics and preview colours come from `vae.latent_*` metadata where present.
+        """
         try:
             base_dim = shapes["encoder.conv1.weight"][0]
             z_dim = shapes["conv2.weight"][0]
@@ -129,12 +141,19 @@ class VAEConfig:
         std = tuple(float(v) for v in metadata.get("vae.latent_std", WAN_STD))
         if len(mean) != z_dim or len(std) != z_dim:
             raise WeightError(f"VAE: {len(mean)} latent means and {len(std)} deviations for {z_dim} channels")
-        return cls(base_dim, z_dim, tuple(widths), counts[0], tuple(temporal), mean, std)
+        rgb = WAN_RGB
+        if "vae.latent_rgb" in metadata:
+            flat = [float(v) for v in metadata["vae.latent_rgb"]]
+            rgb = tuple(tuple(flat[i : i + 3]) for i in range(0, len(flat), 3))  # type: ignore[assignment]
+        if len(rgb) != z_dim + 1:
+            rgb = ((1.0, 1.0, 1.0), *((0.0,) * 3,) * z_dim)  # only previews use it: better gray than none
+        return cls(base_dim, z_dim, tuple(widths), counts[0], tuple(temporal), mean, std, rgb)
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What `from_tensors` cannot see in the shapes."""
-        return {"vae.latent_mean": list(self.mean), "vae.latent_std": list(self.std)}
+        flat = [value for row in self.rgb for value in row]
+        return {"vae.latent_mean": list(self.mean), "vae.latent_std": list(self.std), "vae.latent_rgb": flat}
 
 
 class Stream(dict[nn.Module, Tensor]):

@@ -173,6 +173,10 @@ class TimeModulation:
     e: Tensor
     e0: Tensor
 
+    def at(self, i: int) -> TimeModulation:
+        """That of the i-th noise level alone."""
+        return TimeModulation(self.e[i : i + 1], self.e0[i : i + 1])
+
 
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:

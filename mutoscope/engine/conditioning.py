@@ -1,0 +1,283 @@
+"""VACE conditioning: everything that a video must follow besides its prompt, as what the model is shown.
+
+Paper: VACE (arXiv 2503.07598), section 3. Reference: ali-vilab/VACE `vace/models/wan/wan_vace.py` and its annotators.
+
+Every task is the same three things:
+- frames, [F, H, W, 3]: gray (127.5) where there is nothing to show;
+- a mask, [F, H, W]: 1 = generate, 0 = keep;
+- reference pictures, each an extra latent frame in front, on white.
+
+`prepare` builds them from a `Conditioning` (numpy only; it can be dumped and looked at), `vace_context` encodes them
+into the 96 channels of the model. With c channels of latents: c of what is kept, c of what is to be made, 64 of mask.
+
+Layers are put on top of each other in this order: the base (source clip, box tracks, or gray), then clips to extend,
+then keyframes. So "this picture moves along this track" is a keyframe plus a track.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mutoscope import media
+from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from mutoscope.errors import RequestError
+from mutoscope.media.frames import cover_resize, letterbox_white, to_gray
+from mutoscope.media.read import read_clip, read_image
+from mutoscope.request import BoxTrack, Clip, Conditioning, FramesHWC, Keyframe, Outpaint, Picture
+
+GRAY = 127.5
+BOX_LINE_PX = 2
+
+Frames = npt.NDArray[np.float32]
+"""Frames [F, H, W, 3] in 0..255; floating point, because the official gray is 127.5."""
+Mask = npt.NDArray[np.float32]
+"""[F, H, W], exactly 0 (keep) or 1 (generate)."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the model is shown, before the VAE: frames [F, H, W, 3], mask [F, H, W], references [H, W, 3] each."""
+
+    frames: Frames
+    mask: Mask
+    references: tuple[FramesHWC, ...]
+
+    @property
+    def is_text_only(self) -> bool:
+        return not self.references and bool(self.mask.all()) and bool((self.frames == GRAY).all())
+
+
+def prepare(conditioning: Conditioning, width: int, height: int, n_frames: int) -> Prepared:
+    """Read, fit and combine all inputs.
+
+    Raises:
+        RequestError: fields that contradict each other or do not fit the video.
+        MediaError: an input that cannot be read.
+    """
+    c = conditioning
+    canvas = _Canvas(width, height, n_frames)
+    _refuse_contradictions(c)
+    if c.outpaint is not None:
+        canvas.outpaint(c.video, c.outpaint)
+    elif c.video is not None and (c.mask is not None or c.boxes):
+        canvas.repaint(c.video, c.mask, c.boxes)
+    elif c.video is not None:
+        canvas.control(c.video, gray=c.control == "gray")
+    if c.tracks:
+        canvas.draw_tracks(c.tracks)
+    if c.extend_start is not None:
+        canvas.extend(c.extend_start, at_start=True)
+    if c.extend_end is not None:
+        canvas.extend(c.extend_end, at_start=False)
+    for keyframe in c.keyframes:
+        canvas.keyframe(keyframe)
+    references = tuple(letterbox_white(read_image(r), width, height) for r in c.references)
+    made = Prepared(canvas.frames, canvas.mask, references)
+    if c.compose is None:
+        return made
+    other = prepare(c.compose, width, height, n_frames)
+    return compose(made, other)
+
+
+def compose(first: Prepared, second: Prepared) -> Prepared:
+    """Two conditionings as one (VACE "composition"), where the first generates, the second is shown.
+
+    Where the first keeps a pixel, it stays. Elsewhere the second's pixels and mask hold: its kept parts are kept,
+    its control is followed. References are joined in order.
+    """
+    mask = first.mask[..., None]
+    frames = second.frames * mask + first.frames * (1 - mask)
+    return Prepared(frames, first.mask * second.mask, first.references + second.references)
+
+
+def _refuse_contradictions(c: Conditioning) -> None:
+    def need(condition: bool, message: str, hint: str = "") -> None:
+        if not condition:
+            raise RequestError(message, hint=hint)
+
+    need(not ((c.mask is not None or c.boxes) and c.video is None),
+         "A mask or boxes were given without a source video.", "Add the clip whose masked part is to be repainted.")  # fmt: skip
+    need(not (c.mask is not None and c.boxes), "Both a mask and boxes were given.", "Give one of them.")
+    need(not (c.outpaint is not None and c.video is None), "Outpainting needs a source video.")
+    need(not (c.outpaint is not None and (c.mask is not None or c.boxes)), "Outpainting makes its own mask.",
+         "Leave out the mask and the boxes, or do it in two passes.")  # fmt: skip
+    need(not (c.tracks and c.video is not None), "Box tracks and a source video were given; both are the base picture.",
+         "Put one of them into `compose`.")  # fmt: skip
+
+
+class _Canvas:
+    """The frames and the mask while they are being put together; all gray and to be generated at first."""
+
+    def __init__(self, width: int, height: int, n_frames: int) -> None:
+        self.width, self.height, self.n_frames = width, height, n_frames
+        self.frames: Frames = np.full((n_frames, height, width, 3), GRAY, np.float32)
+        self.mask: Mask = np.ones((n_frames, height, width), np.float32)
+
+    def source(self, clip: Clip, what: str, size: tuple[int, int] | None = None) -> FramesHWC:
+        """Exactly `n_frames` frames, taken evenly from the whole clip as the official code does."""
+        size = size or (self.width, self.height)
+        frames = read_clip(clip, max_frames=self.n_frames, pick="spread", size=size).frames
+        if len(frames) < self.n_frames:
+            longest = (len(frames) - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+            raise RequestError(
+                f"The {what} has {len(frames)} frames, {self.n_frames} are needed.",
+                hint=f"Ask for {longest} frames or fewer, or give a longer clip.",
+            )
+        return frames
+
+    def control(self, clip: Clip, *, gray: bool) -> None:
+        frames = self.source(clip, "control clip")
+        self.frames[:] = to_gray(frames) if gray else frames
+
+    def repaint(self, clip: Clip, mask: Picture | None, boxes: tuple[tuple[float, float, float, float], ...]) -> None:
+        """The masked part is hidden (gray) and generated anew, the rest is kept."""
+        frames = self.source(clip, "source video")
+        self.mask[:] = self.box_mask(boxes) if mask is None else self.read_mask(mask)
+        if not self.mask.any():
+            raise RequestError("The mask is black everywhere: nothing would be generated.",
+                               hint="White marks what is to be repainted.")  # fmt: skip
+        self.frames[:] = np.where(self.mask[..., None] > 0, GRAY, frames)
+
+    def read_mask(self, source: Picture) -> Mask:
+        """A picture for all frames or a clip; the first channel, white (above one half) = generate."""
+        if isinstance(source, np.ndarray) and source.ndim == 3:
+            source = source[None]
+        frames = read_clip(source, max_frames=self.n_frames, pick="spread").frames
+        if len(frames) not in (1, self.n_frames):
+            raise RequestError(f"The mask has {len(frames)} frames, 1 or {self.n_frames} are needed.")
+        return (cover_resize(frames, self.width, self.height)[..., 0] > GRAY).astype(np.float32)
+
+    def box_mask(self, boxes: tuple[tuple[float, float, float, float], ...]) -> Mask:
+        mask = np.zeros((self.height, self.width), np.float32)
+        for box in boxes:
+            x0, y0, x1, y1 = self.pixels(box)
+            mask[y0:y1, x0:x1] = 1
+        return np.repeat(mask[None], self.n_frames, axis=0)
+
+    def pixels(self, box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+        """Fractions of the frame to whole pixels, at least one wide and high."""
+        x0, y0, x1, y1 = box
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise RequestError(f"Box {box}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 (fractions of the frame).")
+        left, top = int(x0 * self.width), int(y0 * self.height)
+        return left, top, max(left + 1, round(x1 * self.width)), max(top + 1, round(y1 * self.height))
+
+    def outpaint(self, clip: Clip | None, margin: Outpaint) -> None:
+        """The source, shrunk, inside a gray canvas; the canvas is generated."""
+        sides = (margin.left, margin.right, margin.top, margin.bottom)
+        if min(sides) < 0 or not any(sides) or max(sides) > 4:
+            raise RequestError(f"Outpaint {sides}: expected left, right, top, bottom of 0 to 4, at least one above 0.")
+        width = max(SPATIAL_STRIDE, round(self.width / (1 + margin.left + margin.right)))
+        height = max(SPATIAL_STRIDE, round(self.height / (1 + margin.top + margin.bottom)))
+        left = min(self.width - width, round(width * margin.left))
+        top = min(self.height - height, round(height * margin.top))
+        assert clip is not None
+        inside = np.s_[:, top : top + height, left : left + width]
+        self.frames[inside] = self.source(clip, "source video", (width, height))
+        self.mask[inside] = 0
+
+    def extend(self, clip: Clip, *, at_start: bool) -> None:
+        """A clip that the video continues: its last (or first) frames, at most half of the video, are kept."""
+        most = (self.n_frames - 1) // 2
+        if most < 1:
+            raise RequestError(f"A video of {self.n_frames} frame cannot extend a clip.", hint="Ask for 5 frames or more.")
+        pick = "last" if at_start else "first"
+        frames = read_clip(clip, max_frames=most, pick=pick, size=(self.width, self.height)).frames
+        where = slice(0, len(frames)) if at_start else slice(self.n_frames - len(frames), self.n_frames)
+        self.frames[where], self.mask[where] = frames, 0
+
+    def keyframe(self, keyframe: Keyframe) -> None:
+        index = keyframe.index + self.n_frames if keyframe.index < 0 else keyframe.index
+        if not 0 <= index < self.n_frames:
+            raise RequestError(f"Keyframe {keyframe.index} is outside of a video of {self.n_frames} frames.",
+                               hint=f"Expected {-self.n_frames} to {self.n_frames - 1}.")  # fmt: skip
+        self.frames[index] = cover_resize(read_image(keyframe.image), self.width, self.height)
+        self.mask[index] = 0
+
+    def draw_tracks(self, tracks: tuple[BoxTrack, ...]) -> None:
+        """Black box outlines on white, as VACE's layout annotator draws them."""
+        self.frames[:] = 255
+        for track in tracks:
+            points = np.array(sorted(track.points), float).reshape(-1, 5)
+            if not len(points):
+                raise RequestError("A box track without points.", hint="Give at least one (time, x0, y0, x1, y1).")
+            times = np.linspace(0, 1, self.n_frames)
+            moving = np.stack([np.interp(times, points[:, 0], points[:, i]) for i in range(1, 5)], axis=1)
+            for frame, box in zip(self.frames, moving, strict=True):
+                x0, y0, x1, y1 = self.pixels(tuple(box))
+                line = BOX_LINE_PX
+                inner = frame[y0 + line : y1 - line, x0 + line : x1 - line].copy()
+                frame[y0:y1, x0:x1] = 0
+                frame[y0 + line : y1 - line, x0 + line : x1 - line] = inner
+
+
+Encode = Callable[[Iterator[Tensor]], Iterator[Tensor]]
+"""A streaming encoder: `WanVAE.encode_stream`, whole or in tiles."""
+
+
+def vace_context(prepared: Prepared, encode: Encode, device: torch.device | str = "cpu") -> Tensor:
+    """The model's side input, float32 [1, 2 * Z + 64, R + 1 + (F-1)/4, H/8, W/8], R reference pictures first."""
+    kept = _encoded(prepared, encode, device, lambda pixels, mask: pixels * (1 - mask))
+    made = _encoded(prepared, encode, device, lambda pixels, mask: pixels * mask)
+    context = torch.cat((kept, made, mask_channels(prepared.mask).to(kept)), dim=1)
+    if not prepared.references:
+        return context
+    pictures = []
+    for reference in prepared.references:
+        latent = torch.cat(list(encode(iter([_pixels(reference[None].astype(np.float32), device)]))), dim=2)
+        pictures.append(F.pad(latent, (0, 0, 0, 0, 0, 0, 0, context.shape[1] - latent.shape[1])))
+    return torch.cat((*pictures, context), dim=2)
+
+
+def _encoded(prepared: Prepared, encode: Encode, device: torch.device | str, part: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    n = len(prepared.frames)
+    bounds = [0, *range(1, n, TEMPORAL_STRIDE), n] if n > 1 else [0, 1]
+
+    def chunks() -> Iterator[Tensor]:
+        for a, b in zip(bounds, bounds[1:], strict=False):
+            mask = torch.from_numpy(prepared.mask[a:b]).to(device)[None, None]
+            yield part(_pixels(prepared.frames[a:b], device), mask)
+
+    return torch.cat(list(encode(chunks())), dim=2)
+
+
+def _pixels(frames: Frames, device: torch.device | str) -> Tensor:
+    """[F, H, W, 3] in 0..255 to [1, 3, F, H, W] in -1..1."""
+    return (torch.from_numpy(frames).to(device) / GRAY - 1).permute(3, 0, 1, 2)[None]
+
+
+def mask_channels(mask: Mask) -> Tensor:
+    """The 8 x 8 mask pixels of each latent cell as 64 channels: [1, 64, 1 + (F-1)/4, H/8, W/8].
+
+    In time the mask is picked, not averaged (nearest-exact of F to its latent frames).
+    """
+    s = SPATIAL_STRIDE
+    f, h, w = mask.shape
+    cells = torch.from_numpy(mask).view(f, h // s, s, w // s, s).permute(2, 4, 0, 1, 3).reshape(1, s * s, f, h // s, w // s)
+    n_latent = 1 + (f - 1) // TEMPORAL_STRIDE
+    return F.interpolate(cells, size=(n_latent, h // s, w // s), mode="nearest-exact")
+
+
+def dump(prepared: Prepared, folder: Path, fps: float) -> list[Path]:
+    """Write what the model is given as PNG pictures: frames, mask (white = generate), references. Returns the paths."""
+    mask = np.repeat((prepared.mask * 255).astype(np.uint8)[..., None], 3, axis=-1)
+    written = []
+    for name, frames in (("frames", np.rint(prepared.frames).astype(np.uint8)), ("mask", mask)):
+        path = folder / name
+        with media.VideoWriter(path, width=frames.shape[2], height=frames.shape[1], fps=fps, format="png-sequence") as writer:
+            for frame in frames:
+                writer.write(frame)
+        written.append(path)
+    for i, reference in enumerate(prepared.references, 1):
+        path = folder / f"reference-{i}.png"
+        media.write_image(path, reference)
+        written.append(path)
+    return written

@@ -1,0 +1,83 @@
+"""What a clip needs in memory beside the weights, and whether the machine has it.
+
+Weights are memory-mapped, so the system can take their pages back when it must; what is counted here cannot be
+taken back: activations of one transformer forward, one unpacked weight, what the VAE remembers between chunks and
+the working memory of its widest layers. Estimates, meant to be right within a third and rather too high.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from mutoscope.engine.tiling import TILE_PX
+from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from mutoscope.engine.wan import WanConfig
+from mutoscope.errors import ResourceError
+from mutoscope.request import GenerationRequest
+
+MIB = 1 << 20
+RUNTIME_BYTES = 600 * MIB
+"""The interpreter with torch and the libraries."""
+BATCHED_GUIDANCE_TOKENS = 4096
+"""Up to this many tokens the guided and the unguided pass run as one batch; above, memory counts more."""
+VAE_STATE_BYTES_PER_PIXEL = 57
+"""What the causal layers of decoder or encoder remember, per unit of base width and pixel, in 16-bit floats."""
+VAE_WORK_BYTES_PER_PIXEL = 96
+"""Peak of the tensors alive in the widest layers, per unit of base width and pixel of a tile."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the peak of each stage, runtime included."""
+
+    denoise: int
+    decode: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.denoise, self.decode)
+
+
+def n_tokens(width: int, height: int, frames: int, n_references: int = 0) -> int:
+    """Tokens of the transformer: one for each 16 x 16 pixels of a latent frame."""
+    latent_frames = 1 + (frames - 1) // TEMPORAL_STRIDE + n_references
+    return latent_frames * (width // (2 * SPATIAL_STRIDE)) * (height // (2 * SPATIAL_STRIDE))
+
+
+def estimate(config: WanConfig, width: int, height: int, frames: int, *, n_references: int = 0, guided: bool = True,
+             vae_base_dim: int = 96) -> Need:  # fmt: skip
+    """What one clip needs on top of the weights."""
+    tokens = n_tokens(width, height, frames, n_references)
+    batch = 2 if guided and tokens <= BATCHED_GUIDANCE_TOKENS else 1
+    streams = 3 if config.vace_layers else 1  # residual, side branch, context
+    per_token = config.dim * (4 * streams + 4 + 2 + 16) + config.ffn_dim * 4
+    unpacked_weight = 4 * config.dim * config.ffn_dim
+    n_blocks = config.n_layers + len(config.vace_layers)
+    text = 2 * n_blocks * 2 * 130 * config.dim * 4
+    tile = min(width, TILE_PX) * min(height, TILE_PX)
+    vae = vae_base_dim * (width * height * VAE_STATE_BYTES_PER_PIXEL + tile * VAE_WORK_BYTES_PER_PIXEL)
+    return Need(denoise=RUNTIME_BYTES + batch * tokens * per_token + unpacked_weight + text, decode=RUNTIME_BYTES + vae)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can be had without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def check(config: WanConfig, request: GenerationRequest, n_references: int, device: torch.device) -> None:
+    """Raise ResourceError before any work if the clip cannot fit."""
+    assert request.width and request.height and request.frames
+    need = estimate(config, request.width, request.height, request.frames, n_references=n_references,
+                    guided=request.guidance != 1.0)  # fmt: skip
+    have = available(device)
+    if need.peak > have:
+        raise ResourceError(
+            f"{request.width}x{request.height} with {request.frames} frames needs about {need.peak / 1e9:.1f} GB "
+            f"of memory, {have / 1e9:.1f} GB are free on {device}.",
+            hint="Ask for a smaller size or fewer frames, or close other programs.",
+        )

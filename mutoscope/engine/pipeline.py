@@ -1,0 +1,333 @@
+"""From a request to frames. `generate` is the page to read; all else here serves it.
+
+    engine = Engine("pocket")
+    engine.generate("a red ball falls and bounces").save("ball.mp4")
+
+    for event in engine.events(GenerationRequest(prompt="...")):    # the same, step by step
+        ...
+
+The caller drives: between two events nothing runs, so stopping is closing the generator.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import mutoscope
+from mutoscope.catalog import find_model
+from mutoscope.engine import conditioning, latents, memory, sampler, tiling, weights
+from mutoscope.engine.tokenizer import Tokenizer, clean_text
+from mutoscope.engine.umt5 import UMT5Encoder
+from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE
+from mutoscope.engine.wan import TextContext, WanModel, rope_table
+from mutoscope.errors import RequestError
+from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
+from mutoscope.manifest import ModelManifest
+from mutoscope.media import VideoWriter
+from mutoscope.planning import plan
+from mutoscope.request import Conditioning, FramesHWC, GenerationRequest
+
+MAX_TEXT_TOKENS = 512
+PREVIEW_STEPS = 5
+
+
+class Models:
+    """The three networks of a model set, opened when first needed and kept. Weights stay in their memory-mapped files."""
+
+    def __init__(self, manifest: ModelManifest, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        self.manifest = manifest
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._rows: dict[str, Tensor] = {}
+
+    @cached_property
+    def text(self) -> tuple[UMT5Encoder, Tokenizer]:
+        path = self.manifest.files.text_encoder.path
+        encoder, metadata = weights.load_umt5(path, device=self.device, compute_dtype=self.dtype)
+        return encoder, Tokenizer.from_metadata(metadata)
+
+    @cached_property
+    def dit(self) -> WanModel:
+        files = self.manifest.files
+        paths = [files.dit.path, *(extra.path for extra in files.dit_extra)]
+        return weights.load_wan(paths, device=self.device, compute_dtype=self.dtype)
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        return weights.load_vae(self.manifest.files.vae.path, device=self.device, compute_dtype=self.dtype)
+
+    def text_rows(self, prompt: str) -> Tensor:
+        """The encoder's rows of a prompt, [1, L, E]; only its real tokens. The last few prompts are remembered."""
+        prompt = clean_text(prompt)
+        if prompt not in self._rows:
+            encoder, tokenizer = self.text
+            ids = torch.tensor([tokenizer.encode(prompt, MAX_TEXT_TOKENS)], device=self.device)
+            if len(self._rows) >= 8:
+                self._rows.pop(next(iter(self._rows)))
+            self._rows[prompt] = encoder(ids)
+        return self._rows[prompt]
+
+
+@torch.inference_mode()
+def generate(
+    models: Models,
+    request: GenerationRequest,
+    *,
+    keep_latents: Path | None = None,
+    dump_conditioning: Path | None = None,
+) -> Iterator[Event]:
+    """Make one video: yields stages, steps, previews, finished frames, and the result.
+
+    keep_latents: a file for the latents, written before decoding, and also, as far as they are, when the generator
+    is closed in the middle of denoising. dump_conditioning: a folder for what the model is shown.
+
+    Raises:
+        RequestError, MediaError: before any work. ResourceError: if memory cannot suffice.
+    """
+    clock = _Clock()
+    request = plan(request, models.manifest)
+    _check_wiring(request, models)
+    memory.check(models.dit.config, request, len(request.conditioning.references), models.device)
+
+    yield Stage(name="text", seconds=clock.seconds)
+    text = _text_context(models, request)
+
+    yield Stage(name="conditioning", seconds=clock.seconds)
+    prepared = conditioning.prepare(request.conditioning, request.width, request.height, request.frames)
+    if dump_conditioning is not None:
+        conditioning.dump(prepared, dump_conditioning, request.fps)
+    n_references = len(prepared.references)
+    vace = _vace_tokens(models, prepared) if models.dit.config.vace_layers else None
+
+    yield Stage(name="denoise", seconds=clock.seconds)
+    sigmas = sampler.schedule(request.sampler, request.steps, request.shift)
+    velocity = _velocity(models.dit, request, text, vace, [sampler.timestep(request.sampler, s) for s in sigmas[:-1]])
+    solver = sampler.make_solver(request.sampler, sigmas)
+    x = sampler.noise(latents.shape(models.dit.config.out_dim, request, n_references), request.seed).to(models.device)
+    state, clean, done = solver.start(), x, 0
+    try:
+        for i in range(request.steps):
+            v = velocity(x, i)
+            clean = x - sigmas[i] * v
+            x, state = solver.step(x, v, i, state)
+            done = i + 1
+            seconds, eta = clock.step(request.steps - done)
+            yield Step(i=done, n=request.steps, seconds=seconds, eta_seconds=eta)
+            if done % PREVIEW_STEPS == 0 and done < request.steps:
+                yield Preview(frames=latents.preview(clean[:, :, n_references:], models.vae.config.rgb))
+    finally:
+        info = _info(models, request, clock.seconds, steps_done=done)
+        if keep_latents is not None and done:
+            finished = x if done == request.steps else clean
+            latents.save(keep_latents, finished[:, :, n_references:], info)
+
+    yield Stage(name="decode", seconds=clock.seconds)
+    yield from decode(models.vae, x[:, :, n_references:])
+    info = _info(models, request, clock.seconds, steps_done=done)
+    yield Result(seconds=clock.seconds, info=info, latents=keep_latents)
+
+
+@torch.inference_mode()
+def decode(vae: WanVAE, latents_BZFHW: Tensor) -> Iterator[Frames]:
+    """Latents to frames as they come, in tiles if the picture is larger than one."""
+    total = 1 + (latents_BZFHW.shape[2] - 1) * TEMPORAL_STRIDE
+    large = max(latents_BZFHW.shape[3:]) * SPATIAL_STRIDE > tiling.TILE_PX
+    chunks = tiling.decode_tiled(vae, latents_BZFHW) if large else vae.decode_stream(latents_BZFHW)
+    done = 0
+    for chunk in chunks:
+        pixels = chunk[0].permute(1, 2, 3, 0).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        done += len(pixels)
+        yield Frames(frames=pixels, done=done, of=total)
+
+
+def write(events: Iterator[Event], path: Path, *, fps: float, width: int, height: int, info: Callable[[], dict[str, Any]]) -> Iterator[Event]:
+    """Pass events on, writing their frames to `path`, which appears complete or not at all.
+
+    The encoder needs the metadata first, so `info` is asked for when the first frame arrives.
+    """
+    writer: VideoWriter | None = None
+    try:
+        for event in events:
+            if isinstance(event, Frames):
+                if writer is None:
+                    writer = VideoWriter(path, width=width, height=height, fps=fps, metadata=info())
+                for frame in event.frames:
+                    writer.write(frame)
+            if isinstance(event, Result) and writer is not None:
+                writer.close()
+                writer = None
+            yield event
+    finally:
+        if writer is not None:
+            writer.abort()
+
+
+def _check_wiring(request: GenerationRequest, models: Models) -> None:
+    """Things that only the networks together can tell."""
+    needs_vace = request.conditioning != Conditioning()
+    if needs_vace and not models.dit.config.vace_layers:
+        raise RequestError(
+            f"{models.manifest.name} follows text only, but the request has pictures, clips, masks or tracks.",
+            hint="Choose a VACE model.",
+        )
+
+
+def _text_context(models: Models, request: GenerationRequest) -> TextContext:
+    """Keys and values of the prompt and, with guidance, of the negative prompt: a batch of one or two."""
+    prompts = [request.prompt] + ([request.negative_prompt] if request.guidance != 1.0 else [])
+    rows = [models.text_rows(p or "") for p in prompts]
+    lengths = [r.shape[1] for r in rows]
+    padded = torch.cat([torch.nn.functional.pad(r, (0, 0, 0, max(lengths) - r.shape[1])) for r in rows])
+    return models.dit.text_context(padded, lengths)
+
+
+def _vace_tokens(models: Models, prepared: conditioning.Prepared) -> Tensor:
+    vae = models.vae
+    large = max(prepared.mask.shape[1:]) > tiling.TILE_PX
+
+    def encode(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+        return tiling.encode_tiled(vae, chunks) if large else vae.encode_stream(chunks)
+
+    return models.dit.vace_tokens(conditioning.vace_context(prepared, encode, models.device))
+
+
+def _velocity(dit: WanModel, request: GenerationRequest, text: TextContext, vace: Tensor | None, timesteps: Sequence[float]) -> Callable[[Tensor, int], Tensor]:
+    """The guided velocity at step i. All that does not depend on x is made here, once."""
+    modulation = dit.time_modulation(torch.tensor(timesteps, device=text.keys[0].device))
+    guided = request.guidance != 1.0
+    tables: dict[tuple[int, ...], Tensor] = {}
+
+    def one(x: Tensor, i: int, context: TextContext) -> Tensor:
+        grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
+        if grid not in tables:
+            tables[grid] = rope_table(grid, dit.config.head_dim, device=x.device)
+        side = vace.expand(x.shape[0], -1, -1) if vace is not None else None
+        time = modulation.at(i)
+        return dit(x, time, context, tables[grid], side, request.conditioning.strength)
+
+    def velocity(x: Tensor, i: int) -> Tensor:
+        if not guided:
+            return one(x, i, text)
+        if x[0, 0].numel() // 4 <= memory.BATCHED_GUIDANCE_TOKENS:
+            cond, uncond = one(x.expand(2, -1, -1, -1, -1), i, text).chunk(2)
+        else:
+            cond, uncond = (one(x, i, text.slice(b, b + 1)) for b in range(2))
+        return sampler.guide(cond, uncond, request.guidance)
+
+    return velocity
+
+
+def _info(models: Models, request: GenerationRequest, seconds: float, *, steps_done: int) -> dict[str, Any]:
+    return {
+        "software": f"mutoscope {mutoscope.__version__}",
+        "model": models.manifest.name,
+        "seed": request.seed,
+        "request": request.summary(),
+        "steps_done": steps_done,
+        "seconds": round(seconds, 2),
+    }
+
+
+class _Clock:
+    """Time since the start, and what the remaining steps should take."""
+
+    DECODE_STEPS = 1.0  # decoding costs about a step; close enough for an ETA
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.steps: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def step(self, remaining: int) -> tuple[float, float]:
+        """Seconds of the step that just ended, and of all that is left."""
+        now = time.perf_counter()
+        if self.steps or self.last != self.start:
+            self.steps.append(now - self.last)
+        else:
+            self.steps.append(now - self.start)
+        self.last = now
+        return self.steps[-1], statistics.median(self.steps[-5:]) * (remaining + self.DECODE_STEPS)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished clip: frames uint8 [F, H, W, 3] at `fps`, with what made it."""
+
+    frames: FramesHWC
+    fps: float
+    info: dict[str, Any]
+
+    def save(self, path: str | Path) -> Path:
+        """Write it; the extension chooses the format (mp4, webm, gif, png sequence)."""
+        height, width = self.frames.shape[1:3]
+        with VideoWriter(path, width=width, height=height, fps=self.fps, metadata=self.info) as writer:
+            for frame in self.frames:
+                writer.write(frame)
+        return Path(path)
+
+
+class Engine:
+    """A model, ready to make videos.
+
+    model: "pocket" (built in), an installed model's name, or the path of a model.toml. device: "cpu", "cuda", ... ;
+    None takes a GPU if there is one.
+    """
+
+    def __init__(self, model: str | Path = "pocket", *, device: str | None = None, models_dir: Path | None = None) -> None:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.models = Models(find_model(model, models_dir), device)
+
+    def plan(self, request: GenerationRequest) -> GenerationRequest:
+        """The request as it will run: see `planning.plan`."""
+        return plan(request, self.models.manifest)
+
+    def events(self, request: GenerationRequest, **options: Any) -> Iterator[Event]:
+        """See `generate`."""
+        return generate(self.models, request, **options)
+
+    def generate(self, prompt: str, **options: Any) -> Video:
+        """Make a video and keep its frames. Options are the fields of `GenerationRequest` and of `Conditioning`.
+
+        Raises TypeError for an option that does not exist, and what `generate` raises.
+        """
+        request = self.plan(build_request(prompt, **options))
+        frames: list[FramesHWC] = []
+        info: dict[str, Any] = {}
+        for event in self.events(request):
+            if isinstance(event, Frames):
+                frames.append(event.frames)
+            elif isinstance(event, Result):
+                info = event.info
+        assert request.fps is not None
+        return Video(np.concatenate(frames), request.fps, info)
+
+
+def build_request(prompt: str, **options: Any) -> GenerationRequest:
+    """A request from flat keyword options, those of its conditioning included."""
+    names = {f.name for f in fields(GenerationRequest)} - {"prompt"}
+    shown = {f.name for f in fields(Conditioning)}
+    unknown = options.keys() - names - shown
+    if unknown:
+        from mutoscope.manifest import suggest
+
+        name = sorted(unknown)[0]
+        raise TypeError(f"unknown option {name!r}. {suggest(name, sorted(names | shown))}")
+    given = {k: v for k, v in options.items() if k in shown}
+    if given:
+        if "conditioning" in options:
+            raise TypeError(f"both conditioning= and {sorted(given)[0]}= were given; put it into the conditioning")
+        options = {k: v for k, v in options.items() if k in names} | {"conditioning": Conditioning(**given)}
+    return GenerationRequest(prompt=prompt, **options)

@@ -1,0 +1,285 @@
+"""Train the starter's text encoder and diffusion transformer: single pictures first, then clips, then VACE tasks.
+
+    python -m training.train_dit images --minutes 25      one latent frame, text only
+    python -m training.train_dit clips  --minutes 30      whole clips, text only
+    python -m training.train_dit vace   --minutes 30      clips with VACE conditioning mixed in
+
+Continues from `runs/dit.pt` with a fresh optimiser; the file is rewritten every half minute.
+
+Latents are those of the linear code (`pca.py`), which the VAE's encoder is trained to reproduce.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mutoscope.engine.tokenizer import Tokenizer
+from mutoscope.engine.umt5 import UMT5Config, UMT5Encoder
+from mutoscope.engine.wan import WanConfig, WanModel, rope_table
+from training import captions, data, optim, pca
+from training.make_tokenizer import train_tokenizer
+
+TEXT = {"dim": 128, "ffn_dim": 256, "n_layers": 2, "n_heads": 2, "head_dim": 64, "n_buckets": 32}
+DIT = WanConfig(
+    dim=256, ffn_dim=1024, n_heads=4, n_layers=6, in_dim=pca.Z, out_dim=pca.Z, text_dim=128, freq_dim=256,
+    text_length=0, vace_layers=(0, 3), vace_in_dim=96,
+)  # fmt: skip
+VOCABULARY_SIZE = 512
+SHIFT = 2.0
+"""Training times are logit-normal, shifted towards noise: text decides early, when little of the picture is there."""
+
+
+class Starter(nn.Module):
+    """Text encoder and transformer, with the auxiliary heads that exist only in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = UMT5Encoder(UMT5Config(vocab_size=VOCABULARY_SIZE, **TEXT))
+        self.dit = WanModel(DIT)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(TEXT["dim"], n) for name, n in captions.ATTRIBUTE_SIZES.items()}
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+        nn.init.normal_(self.text.token_embd.weight, std=1.0)
+        for layer in self.text.enc.blk:
+            nn.init.normal_(layer.attn_q.weight, std=(TEXT["dim"] * TEXT["head_dim"]) ** -0.5)
+            nn.init.normal_(layer.attn_rel_b.weight, std=0.1)
+        for block in (*self.dit.blocks, *self.dit.vace_blocks):
+            nn.init.zeros_(block.modulation)
+            for last in (block.self_attn.o, block.cross_attn.o, block.ffn["2"]):
+                nn.init.normal_(last.weight, std=0.2 * last.weight.shape[1] ** -0.5)
+        nn.init.zeros_(self.dit.head.head.weight)
+        nn.init.zeros_(self.dit.head.modulation)
+        nn.init.normal_(self.dit.time_projection["1"].weight, std=0.02)
+
+    def start_vace(self) -> None:
+        """The side branch begins as a copy of the main blocks that says nothing."""
+        for m, i in enumerate(DIT.vace_layers):
+            self.dit.vace_blocks[m].load_state_dict(self.dit.blocks[i].state_dict(), strict=False)
+            nn.init.zeros_(self.dit.vace_blocks[m].after_proj.weight)
+            nn.init.zeros_(self.dit.vace_blocks[m].after_proj.bias)
+        nn.init.zeros_(self.dit.vace_blocks[0].before_proj.weight)
+
+
+class Examples:
+    """All clips (or pictures) as latents in memory, with token ids and attribute classes."""
+
+    def __init__(self, root: Path, kind: str, code: pca.LinearCode, tokenizer: Tokenizer, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.code = code
+        self.shards = data.shards(root, kind)
+        latents, ids, classes, masks = [], [], [], []
+        for shard in self.shards:
+            for start in range(0, len(shard.frames), 256):
+                latents.append(code.encode(_video(shard.frames[start : start + 256])).half())
+            ids += [[tokenizer.encode(text) for text in texts] for texts in shard.captions]
+            classes.append(shard.classes)
+            masks.append(_token_mask(torch.from_numpy(shard.masks)))
+        self.latents, self.masks = torch.cat(latents), torch.cat(masks)
+        self.classes = torch.from_numpy(np.concatenate(classes))
+        self.lengths = torch.tensor([[len(i) for i in row] for row in ids])
+        self.ids = torch.zeros(*self.lengths.shape, int(self.lengths.max()), dtype=torch.long)
+        for n, row in enumerate(ids):
+            for c, one in enumerate(row):
+                self.ids[n, c, : len(one)] = torch.tensor(one)
+
+    def next(self, n: int, dropout: float = 0.1) -> dict[str, Tensor]:
+        pick = torch.from_numpy(self.rng.integers(len(self.latents), size=n))
+        which = torch.from_numpy(self.rng.integers(self.ids.shape[1], size=n))
+        ids, lengths = self.ids[pick, which].clone(), self.lengths[pick, which].clone()
+        dropped = torch.from_numpy(self.rng.random(n) < dropout)
+        ids[dropped, 0] = 1  # the empty prompt is one end token
+        lengths[dropped] = 1
+        return {
+            "x": self.latents[pick].float(), "ids": ids, "lengths": lengths,
+            "classes": self.classes[pick], "mask": self.masks[pick], "dropped": dropped, "index": pick,
+        }  # fmt: skip
+
+    def vace_context(self, batch: dict[str, Tensor]) -> Tensor:
+        """A random VACE task for each clip: what is kept, what is to be made, and the mask, [B, 96, F', H/8, W/8]."""
+        frames, masks = [], []
+        for i in batch["index"].tolist():
+            shard = self.shards[i // data.SHARD]
+            clip = shard.frames[i % data.SHARD]
+            mask = random_task(self.rng, *clip.shape[:3])
+            frames.append(clip if mask.min() == 0 else np.full_like(clip, 127.5))
+            masks.append(mask)
+        video, mask = _video(np.stack(frames)), torch.from_numpy(np.stack(masks))[:, None].float()
+        video = torch.where(mask.flatten(1).min(1).values.view(-1, 1, 1, 1, 1) > 0, 0.0, video)
+        kept, made = self.code.encode(video * (1 - mask)), self.code.encode(torch.zeros_like(video))
+        cells = mask[:, 0].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
+        cells = F.interpolate(cells, size=kept.shape[2:], mode="nearest-exact")
+        # What is to be made is shown gray (a repaint hides it), or, one time in three, as it was (official inpainting).
+        if self.rng.random() < 0.33:
+            made = self.code.encode(video * mask)
+        return torch.cat((kept, made, cells), dim=1)
+
+
+def random_task(rng: np.random.Generator, f: int, h: int, w: int) -> np.ndarray:
+    """A mask [F, H, W], 1 = generate: all, all but given frames, or a box in space."""
+    mask = np.ones((f, h, w), np.float32)
+    kind = rng.random()
+    if kind < 0.30:  # text only
+        return mask
+    if kind < 0.55:
+        mask[0] = 0
+    elif kind < 0.62:
+        mask[-1] = 0
+    elif kind < 0.72:
+        mask[[0, -1]] = 0
+    elif kind < 0.78:
+        mask[rng.random(f) < 0.3] = 0
+    elif kind < 0.86:
+        mask[: int(rng.integers(2, f - 3))] = 0
+    elif kind < 0.90:
+        mask[int(rng.integers(3, f - 2)) :] = 0
+    else:
+        bw, bh = rng.integers(w // 4, 3 * w // 4 + 1), rng.integers(h // 4, 3 * h // 4 + 1)
+        x0, y0 = rng.integers(0, w - bw + 1), rng.integers(0, h - bh + 1)
+        if kind < 0.95:
+            mask[:] = 0
+            mask[:, y0 : y0 + bh, x0 : x0 + bw] = 1
+        else:
+            mask[:, y0 : y0 + bh, x0 : x0 + bw] = 0
+    return mask
+
+
+def _video(frames: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def _token_mask(cells: Tensor) -> Tensor:
+    """Share of object per latent cell: uint8 [N, F, h, w] frames to float16 [N, 1 + (F-1)/4, h, w]."""
+    cells = cells.half() / 255
+    first, later = cells[:, :1], cells[:, 1:]
+    if not later.shape[1]:
+        return first
+    return torch.cat((first, later.unflatten(1, (-1, 4)).amax(2)), dim=1)
+
+
+def loss_of(model: Starter, batch: dict[str, Tensor], context: Tensor | None, rope: Tensor, aux: float) -> tuple[Tensor, dict[str, float]]:
+    """Flow matching; cells of objects count more once the noise is low enough to know where they are."""
+    x0, n = batch["x"], len(batch["x"])
+    t = torch.sigmoid(torch.randn(n))
+    t = SHIFT * t / (1 + (SHIFT - 1) * t)
+    noise = torch.randn_like(x0)
+    t5 = t.view(-1, 1, 1, 1, 1)
+    rows = model.text(batch["ids"], batch["lengths"])
+    text = model.dit.text_context(rows, batch["lengths"], vace=context is not None)
+    tokens = None if context is None else model.dit.vace_tokens(context)
+    v = model.dit((1 - t5) * x0 + t5 * noise, model.dit.time_modulation(1000 * t), text, rope, tokens)
+    error = (v - (noise - x0)).square().mean(1)
+    weight = 1 + 3 * batch["mask"].float().clamp(max=1) * (t < 0.7).float().view(-1, 1, 1, 1)
+    flow = (error * weight).mean()
+    report = {"flow": float(error.detach().mean())}
+    if aux:
+        real = torch.arange(rows.shape[1]) < batch["lengths"][:, None]
+        pooled = (rows * real[..., None]).sum(1) / batch["lengths"][:, None]
+        keep = ~batch["dropped"]
+        logits = [head(pooled[keep]).float() for head in model.heads.values()]
+        losses = [F.cross_entropy(o, batch["classes"][keep, i]) for i, o in enumerate(logits)]
+        flow = flow + aux * torch.stack(losses).mean()
+        report["aux"] = float(torch.stack(losses).detach().mean())
+    return flow, report
+
+
+def tokenizer_metadata(runs: Path, root: Path) -> dict:
+    """The tokenizer, trained once on the captions and kept."""
+    path = runs / "tokenizer.pt"
+    if not path.exists():
+        lines = [text for shard in data.shards(root, "images")[:8] for texts in shard.captions for text in texts]
+        torch.save(train_tokenizer(lines, VOCABULARY_SIZE, words=captions.vocabulary()), path)
+    return torch.load(path, weights_only=False)
+
+
+def train(stage: str, a: argparse.Namespace) -> None:
+    torch.manual_seed(a.seed + int(time.time()))
+    runs = a.out.parent
+    tokenizer = Tokenizer.from_metadata(tokenizer_metadata(runs, a.data))
+    code = pca.LinearCode.load(runs / "code.pt")
+    examples = Examples(a.data, "images" if stage == "images" else "clips", code, tokenizer, int(time.time()))
+    pictures = Examples(a.data, "images", code, tokenizer, int(time.time()) + 1) if a.pictures else None
+    model = Starter()
+    if a.out.exists():
+        saved = torch.load(a.out, weights_only=True)
+        model.load_state_dict(saved["weights"])
+        if stage == "vace" and not saved["vace"]:
+            model.start_vace()
+    muon, adam = optim.split([model], adam_names=("token_embd", "rel_b", "modulation", "patch_embedding", "head", "time_embedding.0"))
+    optimisers = [
+        optim.Muon(muon, lr=a.lr),
+        torch.optim.AdamW(adam, lr=a.lr * 0.15, betas=(0.9, 0.98), weight_decay=0, fused=True),
+    ]
+    rates = [group["lr"] for o in optimisers for group in o.param_groups]
+    ema = optim.EMA(model, a.ema)
+    size = examples.latents.shape[2:]
+    ropes = {f: rope_table((f, size[1] // 2, size[2] // 2), DIT.head_dim) for f in {1, size[0]}}
+    if a.compile:
+        for layer in (*model.dit.blocks, *model.dit.vace_blocks, *model.text.enc.blk):
+            layer.compile(dynamic=False)
+    start = last = time.time()
+    step, seen, running = 0, 0, {}
+    while (progress := (time.time() - start) / (60 * a.minutes)) < 1:
+        for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
+            group["lr"] = rate * optim.decayed(progress, decay=a.decay)
+        source = pictures if pictures is not None and step % 4 == 3 else examples
+        batch = source.next(a.batch * (4 if source is pictures else 1))
+        context = examples.vace_context(batch) if stage == "vace" and source is examples else None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, report = loss_of(model, batch, context, ropes[batch["x"].shape[2]], 0.1 if stage == "images" else 0.03)
+        for o in optimisers:
+            o.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(adam, 1.0)
+        for o in optimisers:
+            o.step()
+        ema.update(model)
+        step, seen = step + 1, seen + len(batch["x"])
+        if source is examples:
+            running = {k: 0.97 * running.get(k, v) + 0.03 * v for k, v in report.items()}
+        if time.time() - last > (30 if step > 50 else 5):
+            last = time.time()
+            _save(ema, stage, a.out)
+            text = " ".join(f"{k} {v:.4f}" for k, v in running.items())
+            print(f"{stage} {(last - start) / 60:.1f} min step {step} seen {seen} {text}", flush=True)
+    _save(ema, stage, a.out)
+
+
+def _save(ema: optim.EMA, stage: str, out: Path) -> None:
+    torch.save({"weights": ema.weights, "vace": stage == "vace"}, out.with_suffix(".part"))
+    out.with_suffix(".part").rename(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("images", "clips", "vace"))
+    parser.add_argument("--data", type=Path, default=Path("runs/data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/dit.pt"))
+    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the run over which the rate decays")
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pictures", action="store_true", help="every fourth batch is of pictures")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, worth it for long runs")
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    train(a.stage, a)
+
+
+if __name__ == "__main__":
+    main()
