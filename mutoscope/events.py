@@ -47,7 +47,7 @@ class Frames:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The end. `info` is what is embedded in the file: model, version, seed, request as run, seconds."""
+    """The end. `info` is what is embedded in the file, see `planning.describe`."""
 
     seconds: float
     info: dict[str, Any] = field(default_factory=dict)

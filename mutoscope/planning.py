@@ -6,11 +6,14 @@ import difflib
 import math
 import secrets
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from mutoscope.errors import RequestError
+from mutoscope import __version__
+from mutoscope.errors import MediaError, RequestError
 from mutoscope.manifest import ModelManifest
 from mutoscope.media.read import probe
-from mutoscope.request import Clip, GenerationRequest
+from mutoscope.request import Box, Clip, Conditioning, GenerationRequest, Keyframe, Outpaint, Picture
 
 SAMPLER_NAMES = ("unipc", "dpm++", "euler", "distill4")
 MAX_STEPS = 1000
@@ -27,6 +30,7 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
 
     Raises:
         RequestError: naming the field, what was got and what is possible.
+        MediaError: a picture or clip that is missing or of the wrong kind.
     """
     d, limits = manifest.defaults, manifest.limits
     if not request.prompt.strip():
@@ -39,6 +43,7 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
     _check_size(width, height, manifest)
     frames = request.frames if request.frames is not None else _default_frames(request, manifest)
     _check_frames(frames, limits.max_frames, manifest.name)
+    check_conditioning(request.conditioning, frames)
     sampler = request.sampler or d.sampler
     if sampler not in SAMPLER_NAMES:
         close = difflib.get_close_matches(sampler, SAMPLER_NAMES, n=1, cutoff=0.3)
@@ -57,7 +62,6 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed = {seed}, expected 0 to 2^63 - 1.")
-    _number("strength", request.conditioning.strength, 1.0, 0.0, 10.0)
     return replace(
         request,
         width=width,
@@ -71,6 +75,16 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
         seed=seed,
         negative_prompt=d.negative_prompt if request.negative_prompt is None else request.negative_prompt,
     )
+
+
+def describe(request: GenerationRequest, manifest: ModelManifest) -> dict[str, Any]:
+    """What is embedded in a finished file: all that is needed to make it again, and nothing that changes between runs."""
+    return {
+        "version": __version__,
+        "model": manifest.name,
+        "seed": request.seed,
+        "request": request.summary(),
+    }
 
 
 def frames_for(seconds: float, fps: float) -> int:
@@ -109,10 +123,113 @@ def _check_frames(frames: int, max_frames: int, name: str) -> None:
 
 def _default_frames(request: GenerationRequest, manifest: ModelManifest) -> int:
     """The model's own length, or less if a clip that must be followed is shorter."""
-    clips = [c for c in (request.conditioning.video,) if c is not None]
-    return min([manifest.defaults.frames, *(_usable(c) for c in clips)])
+    clip = request.conditioning.video
+    if clip is None:
+        return manifest.defaults.frames
+    return min(manifest.defaults.frames, _whole_frames(_available(clip)))
 
 
-def _usable(clip: Clip) -> int:
-    n = probe(clip).frames if not hasattr(clip, "shape") else len(clip)
+# -- conditioning --------------------------------------------------------------------------------------------
+# Checked here by the headers of files, before a model is loaded; engine/conditioning.py reads them and uses the same
+# functions for what only reading can tell.
+
+
+def check_conditioning(c: Conditioning, n_frames: int) -> None:
+    """Raise if the parts contradict each other, do not fit a video of `n_frames`, or name files that are not there."""
+    _refuse_contradictions(c)
+    _number("strength", c.strength, 1.0, 0.0, 10.0)
+    for keyframe in c.keyframes:
+        keyframe_index(keyframe, n_frames)
+        _check_picture(keyframe.image)
+    for reference in c.references:
+        _check_picture(reference)
+    for box in c.boxes:
+        check_box(box)
+    for track in c.tracks:
+        if not track.points:
+            raise RequestError("A box track without points.", hint="Give at least one (time, x0, y0, x1, y1).")
+        for time, *corners in track.points:
+            _number("the time of a box track's point", time, 0.0, 0.0, 1.0)
+            check_box((corners[0], corners[1], corners[2], corners[3]))
+    if c.outpaint is not None:
+        check_outpaint(c.outpaint)
+    if c.video is not None:
+        what = "control clip" if c.mask is None and not c.boxes and c.outpaint is None else "source video"
+        check_length(_available(c.video), n_frames, what)
+    for clip in (c.extend_start, c.extend_end):
+        if clip is not None:
+            extension_frames(n_frames)
+            _available(clip)
+    if c.mask is not None and isinstance(c.mask, (str, Path)):
+        probe(c.mask)
+    if c.compose is not None:
+        check_conditioning(c.compose, n_frames)
+
+
+def keyframe_index(keyframe: Keyframe, n_frames: int) -> int:
+    """The frame that a keyframe means, counted from 0."""
+    index = keyframe.index + n_frames if keyframe.index < 0 else keyframe.index
+    if not 0 <= index < n_frames:
+        raise RequestError(f"Keyframe {keyframe.index} is outside of a video of {n_frames} frames.",
+                           hint=f"Expected {-n_frames} to {n_frames - 1}.")  # fmt: skip
+    return index
+
+
+def extension_frames(n_frames: int) -> int:
+    """How many frames of a clip to extend are kept at most: half of the video."""
+    most = (n_frames - 1) // 2
+    if most < 1:
+        raise RequestError(f"A video of {n_frames} frame cannot extend a clip.", hint="Ask for 5 frames or more.")
+    return most
+
+
+def check_box(box: Box) -> None:
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise RequestError(f"Box {box}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 (fractions of the frame).")
+
+
+def check_outpaint(margin: Outpaint) -> None:
+    sides = (margin.left, margin.right, margin.top, margin.bottom)
+    if not all(0 <= side <= 4 for side in sides) or not any(sides):
+        raise RequestError(f"Outpaint {sides}: expected left, right, top, bottom of 0 to 4, at least one above 0.")
+
+
+def check_length(available: int, needed: int, what: str) -> None:
+    if available < needed:
+        raise RequestError(
+            f"The {what} has {available} frames, {needed} are needed.",
+            hint=f"Ask for {_whole_frames(available)} frames or fewer, or give a longer clip.",
+        )
+
+
+def _refuse_contradictions(c: Conditioning) -> None:
+    def need(condition: bool, message: str, hint: str = "") -> None:
+        if not condition:
+            raise RequestError(message, hint=hint)
+
+    need(not ((c.mask is not None or c.boxes) and c.video is None),
+         "A mask or boxes were given without a source video.", "Add the clip whose masked part is to be repainted.")  # fmt: skip
+    need(not (c.mask is not None and c.boxes), "Both a mask and boxes were given.", "Give one of them.")
+    need(not (c.outpaint is not None and c.video is None), "Outpainting needs a source video.")
+    need(not (c.outpaint is not None and (c.mask is not None or c.boxes)), "Outpainting makes its own mask.",
+         "Leave out the mask and the boxes, or do it in two passes.")  # fmt: skip
+    need(not (c.tracks and c.video is not None), "Box tracks and a source video were given; both are the base picture.",
+         "Put one of them into `compose`.")  # fmt: skip
+
+
+def _check_picture(picture: Picture) -> None:
+    if isinstance(picture, (str, Path)) and probe(picture).kind == "video":
+        raise MediaError(f"{picture}: is a video, a picture expected.", hint="Extract the frame you mean first.")
+
+
+def _available(clip: Clip) -> int:
+    """Frames of a clip by its header. A clip of changing rate is brought to a constant one, which may need more."""
+    if not isinstance(clip, (str, Path)):
+        return len(clip)
+    info = probe(clip)
+    return max(info.frames, round(info.duration_s * info.fps) if info.fps else 0)
+
+
+def _whole_frames(n: int) -> int:
     return max(1, (n - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)

@@ -18,6 +18,8 @@ FramesHWC = npt.NDArray[np.uint8]
 
 Picture = str | Path | FramesHWC
 Clip = str | Path | FramesHWC
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 as fractions of the frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ class Conditioning:
     video: Clip | None = None
     control: Literal["as-is", "gray"] = "as-is"
     mask: Picture | None = None
-    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    boxes: tuple[Box, ...] = ()
     outpaint: Outpaint | None = None
     extend_start: Clip | None = None
     extend_end: Clip | None = None

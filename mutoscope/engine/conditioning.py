@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mutoscope import media
 from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from mutoscope.errors import RequestError
 from mutoscope.media.frames import cover_resize, letterbox_white, to_gray
 from mutoscope.media.read import read_clip, read_image
-from mutoscope.request import BoxTrack, Clip, Conditioning, FramesHWC, Keyframe, Outpaint, Picture
+from mutoscope.media.write import VideoWriter, write_image
+from mutoscope.planning import check_box, check_conditioning, check_length, extension_frames, keyframe_index
+from mutoscope.request import Box, BoxTrack, Clip, Conditioning, FramesHWC, Keyframe, Outpaint, Picture
 
 GRAY = 127.5
 BOX_LINE_PX = 2
@@ -64,7 +65,7 @@ def prepare(conditioning: Conditioning, width: int, height: int, n_frames: int) 
     """
     c = conditioning
     canvas = _Canvas(width, height, n_frames)
-    _refuse_contradictions(c)
+    check_conditioning(c, n_frames)
     if c.outpaint is not None:
         canvas.outpaint(c.video, c.outpaint)
     elif c.video is not None and (c.mask is not None or c.boxes):
@@ -98,21 +99,6 @@ def compose(first: Prepared, second: Prepared) -> Prepared:
     return Prepared(frames, first.mask * second.mask, first.references + second.references)
 
 
-def _refuse_contradictions(c: Conditioning) -> None:
-    def need(condition: bool, message: str, hint: str = "") -> None:
-        if not condition:
-            raise RequestError(message, hint=hint)
-
-    need(not ((c.mask is not None or c.boxes) and c.video is None),
-         "A mask or boxes were given without a source video.", "Add the clip whose masked part is to be repainted.")  # fmt: skip
-    need(not (c.mask is not None and c.boxes), "Both a mask and boxes were given.", "Give one of them.")
-    need(not (c.outpaint is not None and c.video is None), "Outpainting needs a source video.")
-    need(not (c.outpaint is not None and (c.mask is not None or c.boxes)), "Outpainting makes its own mask.",
-         "Leave out the mask and the boxes, or do it in two passes.")  # fmt: skip
-    need(not (c.tracks and c.video is not None), "Box tracks and a source video were given; both are the base picture.",
-         "Put one of them into `compose`.")  # fmt: skip
-
-
 class _Canvas:
     """The frames and the mask while they are being put together; all gray and to be generated at first."""
 
@@ -125,19 +111,14 @@ class _Canvas:
         """Exactly `n_frames` frames, taken evenly from the whole clip as the official code does."""
         size = size or (self.width, self.height)
         frames = read_clip(clip, max_frames=self.n_frames, pick="spread", size=size).frames
-        if len(frames) < self.n_frames:
-            longest = (len(frames) - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
-            raise RequestError(
-                f"The {what} has {len(frames)} frames, {self.n_frames} are needed.",
-                hint=f"Ask for {longest} frames or fewer, or give a longer clip.",
-            )
+        check_length(len(frames), self.n_frames, what)
         return frames
 
     def control(self, clip: Clip, *, gray: bool) -> None:
         frames = self.source(clip, "control clip")
         self.frames[:] = to_gray(frames) if gray else frames
 
-    def repaint(self, clip: Clip, mask: Picture | None, boxes: tuple[tuple[float, float, float, float], ...]) -> None:
+    def repaint(self, clip: Clip, mask: Picture | None, boxes: tuple[Box, ...]) -> None:
         """The masked part is hidden (gray) and generated anew, the rest is kept."""
         frames = self.source(clip, "source video")
         self.mask[:] = self.box_mask(boxes) if mask is None else self.read_mask(mask)
@@ -155,26 +136,22 @@ class _Canvas:
             raise RequestError(f"The mask has {len(frames)} frames, 1 or {self.n_frames} are needed.")
         return (cover_resize(frames, self.width, self.height)[..., 0] > GRAY).astype(np.float32)
 
-    def box_mask(self, boxes: tuple[tuple[float, float, float, float], ...]) -> Mask:
+    def box_mask(self, boxes: tuple[Box, ...]) -> Mask:
         mask = np.zeros((self.height, self.width), np.float32)
         for box in boxes:
             x0, y0, x1, y1 = self.pixels(box)
             mask[y0:y1, x0:x1] = 1
         return np.repeat(mask[None], self.n_frames, axis=0)
 
-    def pixels(self, box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+    def pixels(self, box: Box) -> tuple[int, int, int, int]:
         """Fractions of the frame to whole pixels, at least one wide and high."""
+        check_box(box)
         x0, y0, x1, y1 = box
-        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-            raise RequestError(f"Box {box}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 (fractions of the frame).")
         left, top = int(x0 * self.width), int(y0 * self.height)
         return left, top, max(left + 1, round(x1 * self.width)), max(top + 1, round(y1 * self.height))
 
     def outpaint(self, clip: Clip | None, margin: Outpaint) -> None:
         """The source, shrunk, inside a gray canvas; the canvas is generated."""
-        sides = (margin.left, margin.right, margin.top, margin.bottom)
-        if min(sides) < 0 or not any(sides) or max(sides) > 4:
-            raise RequestError(f"Outpaint {sides}: expected left, right, top, bottom of 0 to 4, at least one above 0.")
         width = max(SPATIAL_STRIDE, round(self.width / (1 + margin.left + margin.right)))
         height = max(SPATIAL_STRIDE, round(self.height / (1 + margin.top + margin.bottom)))
         left = min(self.width - width, round(width * margin.left))
@@ -186,19 +163,14 @@ class _Canvas:
 
     def extend(self, clip: Clip, *, at_start: bool) -> None:
         """A clip that the video continues: its last (or first) frames, at most half of the video, are kept."""
-        most = (self.n_frames - 1) // 2
-        if most < 1:
-            raise RequestError(f"A video of {self.n_frames} frame cannot extend a clip.", hint="Ask for 5 frames or more.")
+        most = extension_frames(self.n_frames)
         pick = "last" if at_start else "first"
         frames = read_clip(clip, max_frames=most, pick=pick, size=(self.width, self.height)).frames
         where = slice(0, len(frames)) if at_start else slice(self.n_frames - len(frames), self.n_frames)
         self.frames[where], self.mask[where] = frames, 0
 
     def keyframe(self, keyframe: Keyframe) -> None:
-        index = keyframe.index + self.n_frames if keyframe.index < 0 else keyframe.index
-        if not 0 <= index < self.n_frames:
-            raise RequestError(f"Keyframe {keyframe.index} is outside of a video of {self.n_frames} frames.",
-                               hint=f"Expected {-self.n_frames} to {self.n_frames - 1}.")  # fmt: skip
+        index = keyframe_index(keyframe, self.n_frames)
         self.frames[index] = cover_resize(read_image(keyframe.image), self.width, self.height)
         self.mask[index] = 0
 
@@ -207,8 +179,6 @@ class _Canvas:
         self.frames[:] = 255
         for track in tracks:
             points = np.array(sorted(track.points), float).reshape(-1, 5)
-            if not len(points):
-                raise RequestError("A box track without points.", hint="Give at least one (time, x0, y0, x1, y1).")
             times = np.linspace(0, 1, self.n_frames)
             moving = np.stack([np.interp(times, points[:, 0], points[:, i]) for i in range(1, 5)], axis=1)
             for frame, box in zip(self.frames, moving, strict=True):
@@ -272,12 +242,12 @@ def dump(prepared: Prepared, folder: Path, fps: float) -> list[Path]:
     written = []
     for name, frames in (("frames", np.rint(prepared.frames).astype(np.uint8)), ("mask", mask)):
         path = folder / name
-        with media.VideoWriter(path, width=frames.shape[2], height=frames.shape[1], fps=fps, format="png-sequence") as writer:
+        with VideoWriter(path, width=frames.shape[2], height=frames.shape[1], fps=fps, format="png-sequence") as writer:
             for frame in frames:
                 writer.write(frame)
         written.append(path)
     for i, reference in enumerate(prepared.references, 1):
         path = folder / f"reference-{i}.png"
-        media.write_image(path, reference)
+        write_image(path, reference)
         written.append(path)
     return written

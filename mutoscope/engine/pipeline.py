@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import mutoscope
 from mutoscope.catalog import find_model
 from mutoscope.engine import conditioning, latents, memory, sampler, tiling, weights
 from mutoscope.engine.tokenizer import Tokenizer, clean_text
@@ -33,8 +32,8 @@ from mutoscope.engine.wan import TextContext, WanModel, rope_table
 from mutoscope.errors import RequestError
 from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
 from mutoscope.manifest import ModelManifest
-from mutoscope.media import VideoWriter
-from mutoscope.planning import plan
+from mutoscope.media.write import VideoWriter
+from mutoscope.planning import describe, plan
 from mutoscope.request import Conditioning, FramesHWC, GenerationRequest
 
 MAX_TEXT_TOKENS = 512
@@ -96,6 +95,8 @@ def generate(
     """
     clock = _Clock()
     request = plan(request, models.manifest)
+
+    yield Stage(name="load", seconds=clock.seconds)
     _check_wiring(request, models)
     memory.check(models.dit.config, request, len(request.conditioning.references), models.device)
 
@@ -115,6 +116,7 @@ def generate(
     solver = sampler.make_solver(request.sampler, sigmas)
     x = sampler.noise(latents.shape(models.dit.config.out_dim, request, n_references), request.seed).to(models.device)
     state, clean, done = solver.start(), x, 0
+    clock.start_steps()
     try:
         for i in range(request.steps):
             v = velocity(x, i)
@@ -126,15 +128,14 @@ def generate(
             if done % PREVIEW_STEPS == 0 and done < request.steps:
                 yield Preview(frames=latents.preview(clean[:, :, n_references:], models.vae.config.rgb))
     finally:
-        info = _info(models, request, clock.seconds, steps_done=done)
         if keep_latents is not None and done:
             finished = x if done == request.steps else clean
-            latents.save(keep_latents, finished[:, :, n_references:], info)
+            info = describe(request, models.manifest)
+            latents.save(keep_latents, finished[:, :, n_references:], {**info, "steps_done": done})
 
     yield Stage(name="decode", seconds=clock.seconds)
     yield from decode(models.vae, x[:, :, n_references:])
-    info = _info(models, request, clock.seconds, steps_done=done)
-    yield Result(seconds=clock.seconds, info=info, latents=keep_latents)
+    yield Result(seconds=clock.seconds, info=describe(request, models.manifest), latents=keep_latents)
 
 
 @torch.inference_mode()
@@ -227,17 +228,6 @@ def _velocity(dit: WanModel, request: GenerationRequest, text: TextContext, vace
     return velocity
 
 
-def _info(models: Models, request: GenerationRequest, seconds: float, *, steps_done: int) -> dict[str, Any]:
-    return {
-        "software": f"mutoscope {mutoscope.__version__}",
-        "model": models.manifest.name,
-        "seed": request.seed,
-        "request": request.summary(),
-        "steps_done": steps_done,
-        "seconds": round(seconds, 2),
-    }
-
-
 class _Clock:
     """Time since the start, and what the remaining steps should take."""
 
@@ -251,13 +241,14 @@ class _Clock:
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
+    def start_steps(self) -> None:
+        """What came before is not part of the first step."""
+        self.last = time.perf_counter()
+
     def step(self, remaining: int) -> tuple[float, float]:
         """Seconds of the step that just ended, and of all that is left."""
         now = time.perf_counter()
-        if self.steps or self.last != self.start:
-            self.steps.append(now - self.last)
-        else:
-            self.steps.append(now - self.start)
+        self.steps.append(now - self.last)
         self.last = now
         return self.steps[-1], statistics.median(self.steps[-5:]) * (remaining + self.DECODE_STEPS)
 
