@@ -72,14 +72,15 @@ class Shard:
     classes: NDArray[np.int64]
 
 
-def shards(root: Path, kind: str) -> list[Shard]:
-    """All finished shards of a kind ("clips" or "images")."""
+def shards(root: Path, kind: str, *, most: int | None = None, in_memory: bool = False) -> list[Shard]:
+    """The finished shards of a kind ("clips" or "images"), memory-mapped, or read into memory for random access."""
+    mode = None if in_memory else "r"
     out = []
-    for folder in sorted((root / kind).iterdir()):
+    for folder in sorted((root / kind).iterdir())[:most]:
         if (folder / "captions.json").exists():
             text = json.loads((folder / "captions.json").read_text())
             out.append(
-                Shard(np.load(folder / "frames.npy", mmap_mode="r"), np.load(folder / "masks.npy"),
+                Shard(np.load(folder / "frames.npy", mmap_mode=mode), np.load(folder / "masks.npy"),
                       text["captions"], np.array(text["classes"]))
             )  # fmt: skip
     return out

@@ -50,7 +50,7 @@ class Batches:
     """Random windows of clips, [B, 3, F, H, W] in [-1, 1], with the object masks."""
 
     def __init__(self, root: Path, n_frames: int, seed: int) -> None:
-        self.shards = data.shards(root, "clips")
+        self.shards = data.shards(root, "clips", most=4, in_memory=True)
         self.n_frames = n_frames
         self.rng = np.random.default_rng(seed)
 
