@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from mutoscope.engine import vae as vae_module
-from mutoscope.engine.tiling import decode_tiled, encode_tiled
+from mutoscope.engine.tiling import _spans, _weights, decode_tiled, encode_tiled
 from mutoscope.engine.vae import CausalConv3d, Stream, Upsample, WanVAE
 from mutoscope.engine.weights import load_vae
 
@@ -217,6 +218,37 @@ def test_seams_of_encoded_tiles_are_small(local):
     assert psnr_db(tiled, whole) > 25
 
 
+def test_shares_of_all_tiles_are_one():
+    """Also where three tiles meet, and linear across a seam of two."""
+    for size in (9, 12, 15, 16, 23, 40):
+        spans = _spans(size, 8, 4)
+        total = torch.zeros(size * 8)
+        for span, weight in zip(spans, _weights(spans, 8, 32), strict=True):
+            total[span.start * 8 : span.stop * 8] += weight
+        torch.testing.assert_close(total, torch.ones(size * 8))
+    first, _ = _weights(_spans(12, 8, 4), 8, 32)
+    torch.testing.assert_close(first[32:], (torch.arange(32).flip(0) + 0.5) / 32)
+
+
+def test_one_tile_is_remembered_at_a_time(ours, monkeypatch):
+    """Streams do not pile up: that of a finished tile is gone when the next begins."""
+    alive: weakref.WeakSet[Tracked] = weakref.WeakSet()
+    most = 0
+
+    class Tracked(Stream):
+        __hash__ = object.__hash__
+
+        def __init__(self) -> None:
+            nonlocal most
+            super().__init__()
+            alive.add(self)
+            most = max(most, len(alive))
+
+    monkeypatch.setattr(vae_module, "Stream", Tracked)
+    list(decode_tiled(ours, noise(1, 4, 2, 12, 14), tile_px=64, overlap_px=16))
+    assert most == 1
+
+
 def test_no_layer_sees_more_than_a_tile(ours, monkeypatch):
     """The working memory is that of one tile, whatever the frame."""
     seen = []
@@ -228,6 +260,7 @@ def test_no_layer_sees_more_than_a_tile(ours, monkeypatch):
 
     monkeypatch.setattr(vae_module.F, "conv3d", conv3d)
     list(decode_tiled(ours, noise(1, 4, 2, 12, 14), tile_px=64, overlap_px=16))
+    list(encode_tiled(ours, [noise(1, 3, 1, 96, 112)], tile_px=64, overlap_px=16))
     assert max(height * width for height, width in seen) == 64 * 64
 
 

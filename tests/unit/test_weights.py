@@ -402,7 +402,7 @@ def test_checkpoint_that_would_run_code_is_refused(tmp_path):
 def test_loading_does_not_import_the_compiler(tmp_path, tensors):
     """Arithmetic on meta tensors does, for 1.5 s: initial values must not need it."""
     path = write_gguf(tmp_path / "a.gguf", tensors)
-    code = "import sys; from mutoscope.engine.weights import load_wan; load_wan(sys.argv[1]); print(*sys.modules)"
+    code = "import sys; from mutoscope.engine.weights import *; load_wan(sys.argv[1]); print(*sys.modules)"
     command = [sys.executable, "-c", code, str(path)]
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in modules
