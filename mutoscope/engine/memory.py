@@ -27,6 +27,8 @@ VAE_STATE_BYTES_PER_PIXEL = 57
 """What the causal layers of decoder or encoder remember, per unit of base width and pixel, in 16-bit floats."""
 VAE_WORK_BYTES_PER_PIXEL = 96
 """Peak of the tensors alive in the widest layers, per unit of base width and pixel of a tile."""
+CLIP_BYTES_PER_PIXEL = 6
+"""Three channels at 16 bits: a clip in tiles is put together in memory (see `tiling`)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ def estimate(config: WanConfig, width: int, height: int, frames: int, *, n_refer
     n_blocks = config.n_layers + len(config.vace_layers)
     text = 2 * n_blocks * 2 * 130 * config.dim * 4
     tile = min(width, TILE_PX) * min(height, TILE_PX)
-    vae = vae_base_dim * (width * height * VAE_STATE_BYTES_PER_PIXEL + tile * VAE_WORK_BYTES_PER_PIXEL)
+    vae = vae_base_dim * tile * (VAE_STATE_BYTES_PER_PIXEL + VAE_WORK_BYTES_PER_PIXEL)
+    if tile < width * height:
+        vae += CLIP_BYTES_PER_PIXEL * width * height * frames
     return Need(denoise=RUNTIME_BYTES + batch * tokens * per_token + unpacked_weight + text, decode=RUNTIME_BYTES + vae)
 
 

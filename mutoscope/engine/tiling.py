@@ -1,10 +1,10 @@
 """The VAE in tiles: frames larger than the memory for a whole one.
 
-Tiles are worked off one after the other, each a clip of its own, streamed in time, and blended into its place.
-So memory is that of one tile, working memory and what its layers remember, and of the clip itself at two bytes
-a value. Side by side in time they would need no clip, but they overlap and so remember more than the whole frame
-does. Measured for a frame of 256 px: whole 10.5 kB per pixel, in tiles of 128 px side by side 12.3, one after
-the other 2.6.
+Tiles are worked off one after the other, each a clip of its own, streamed in time and blended into its place.
+So memory is that of one tile, working memory and what its layers remember, and of the clip at two bytes a
+value. Side by side in time they would need no clip, but they overlap and so remember more than the whole
+frame does. Measured for a frame of 256 px: whole 10.5 kB per pixel, in tiles of 128 px side by side 12.3, one
+after the other 2.6.
 
 Tiles differ from the whole frame near their seams: convolutions see their padding there, and the attention in
 the middle of the network sees only its tile.
