@@ -1,0 +1,554 @@
+"""`mutoscope generate` and `mutoscope decode`: from prompts or latents to files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import typer
+
+from mutoscope.catalog import POCKET, find_model
+from mutoscope.cli import parse
+from mutoscope.cli.common import Debug, Device, Json, Quiet, say, say_json, size_text, time_text
+from mutoscope.cli.progress import Display, make_display
+from mutoscope.errors import Cancelled, FileError, MutoscopeError, RequestError
+from mutoscope.events import Event, Result, Stage, Step
+from mutoscope.manifest import ModelManifest
+
+if TYPE_CHECKING:
+    from mutoscope.engine.pipeline import Models
+    from mutoscope.request import Conditioning, GenerationRequest
+
+_SHOW = "Pictures and clips to follow"
+_LENGTH = "Size and length"
+_SAMPLING = "Sampling"
+_OUTPUT = "Output"
+
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.", rich_help_panel=_OUTPUT)]
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="A text file of prompts, one a line.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="An installed model, or the path of a model.toml.")
+    ] = POCKET,
+    image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The first frame.", show_default=False, rich_help_panel=_SHOW)
+    ] = None,
+    last_image: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The last frame.", show_default=False, rich_help_panel=_SHOW)
+    ] = None,
+    keyframe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N=FILE",
+            help="The picture of frame N (from 0; -1 is the last). Repeatable.",
+            show_default=False,
+            rich_help_panel=_SHOW,
+        ),
+    ] = None,
+    ref: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A picture of something to show. Repeatable, in order.",
+            show_default=False,
+            rich_help_panel=_SHOW,
+        ),
+    ] = None,
+    video: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLIP",
+            help="A clip to follow; with --mask or --box, to repaint; with --outpaint, to surround.",
+            show_default=False,
+            rich_help_panel=_SHOW,
+        ),
+    ] = None,
+    control: Annotated[
+        Literal["as-is", "gray"],
+        typer.Option(help="How --video is followed: as it is, or its brightness only.", rich_help_panel=_SHOW),
+    ] = "as-is",
+    mask: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A picture or clip: white is repainted.", show_default=False, rich_help_panel=_SHOW),
+    ] = None,
+    box: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X0,Y0,X1,Y1",
+            help="A part to repaint, in fractions of the frame. Repeatable.",
+            show_default=False,
+            rich_help_panel=_SHOW,
+        ),
+    ] = None,
+    outpaint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIDE=N,...",
+            help="New picture around --video, like left=0.25,top=0.5 (of its width or height).",
+            show_default=False,
+            rich_help_panel=_SHOW,
+        ),
+    ] = None,
+    extend_start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLIP", help="Go on from the end of this clip.", show_default=False, rich_help_panel=_SHOW
+        ),
+    ] = None,
+    extend_end: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLIP", help="Lead up to the start of this clip.", show_default=False, rich_help_panel=_SHOW
+        ),
+    ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar='"T:X0,Y0,X1,Y1 ..."',
+            help="A box that something follows, by time; all from 0 to 1. Repeatable.",
+            show_default=False,
+            rich_help_panel=_SHOW,
+        ),
+    ] = None,
+    strength: Annotated[
+        float, typer.Option(help="How strictly the above is followed.", rich_help_panel=_SHOW)
+    ] = 1.0,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH",
+            help="In pixels, multiples of 16 (default: the model's).",
+            show_default=False,
+            rich_help_panel=_LENGTH,
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Length (default: the model's).", show_default=False, rich_help_panel=_LENGTH),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Length in frames, 4n+1.", show_default=False, rich_help_panel=_LENGTH),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            help="Frames per second (default: the model's).", show_default=False, rich_help_panel=_LENGTH
+        ),
+    ] = None,
+    quality: Annotated[
+        Literal["draft", "standard"],
+        typer.Option(help="A draft takes 40 % of the steps.", rich_help_panel=_SAMPLING),
+    ] = "standard",
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="More steps, more detail (default: the model's).",
+            show_default=False,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="How strictly the prompt is followed; 1 is fastest (default: the model's).",
+            show_default=False,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    shift: Annotated[
+        float | None,
+        typer.Option(
+            help="More time for layout, less for detail (default: the model's).",
+            show_default=False,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="unipc, dpm++, euler, or distill4 for distilled models (default: the model's).",
+            show_default=False,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="The same seed gives the same video (default: random, printed).",
+            show_default=False,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(
+            help="What to avoid (default: the model's).", show_default=False, rich_help_panel=_SAMPLING
+        ),
+    ] = None,
+    device: Device = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .mp4, .webm, .gif, or a folder for pictures (default: the prompt's words .mp4).",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    force: Force = False,
+    keep_latents: Annotated[
+        bool, typer.Option("--keep-latents", help="Keep the latents after success.", rich_help_panel=_OUTPUT)
+    ] = False,
+    dump_conditioning: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write what the model is shown as pictures.",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make a video of a prompt, and of pictures and clips to follow.
+
+    Ctrl-C stops at the next step and keeps the latents. See docs/conditioning.md for what can be followed.
+    """
+    from mutoscope.planning import frames_for, plan
+    from mutoscope.request import Conditioning, GenerationRequest, Keyframe
+
+    if (prompt is None) == (file is None):
+        raise RequestError("Give a prompt or a file of prompts." if prompt is None else "Both a prompt and a file of prompts were given.",
+                           hint='Like: mutoscope generate "a red ball falls and bounces"')  # fmt: skip
+    if seconds is not None and frames is not None:
+        raise RequestError("Both --seconds and --frames were given.", hint="Give one of them.")
+    texts = parse.prompts(file) if file is not None else [prompt or ""]
+    manifest = find_model(model)
+    width, height = parse.size(size) if size is not None else (None, None)
+    keyframes = [Keyframe(image=image)] if image is not None else []
+    keyframes += [parse.keyframe(k) for k in keyframe or ()]
+    keyframes += [Keyframe(image=last_image, index=-1)] if last_image is not None else []
+    if seconds is not None:
+        if not 0 < seconds < 1e6:
+            raise RequestError(f"--seconds {seconds}: more than 0 expected.")
+        frames = frames_for(seconds, fps or manifest.defaults.fps)
+    request = GenerationRequest(
+        prompt="",
+        negative_prompt=negative,
+        conditioning=Conditioning(
+            keyframes=tuple(keyframes),
+            video=video,
+            control=control,
+            mask=mask,
+            boxes=tuple(parse.box(b) for b in box or ()),
+            outpaint=parse.outpaint(outpaint) if outpaint is not None else None,
+            extend_start=extend_start,
+            extend_end=extend_end,
+            references=tuple(ref or ()),
+            tracks=tuple(parse.track(t) for t in track or ()),
+            strength=strength,
+        ),
+        width=width,
+        height=height,
+        frames=frames,
+        fps=fps,
+        steps=steps,
+        guidance=guidance,
+        shift=shift,
+        sampler=sampler,
+        seed=seed,
+        quality=quality,
+    )
+    requests = [plan(replace(request, prompt=text), manifest) for text in texts]
+    outputs = parse.output_paths(output, texts, force=force)
+    jobs = [_Job(r, path, _dump_folder(dump_conditioning, n, len(texts)))
+            for n, (r, path) in enumerate(zip(requests, outputs, strict=True), 1)]  # fmt: skip
+    for job in jobs:
+        job.check_output()
+    display = make_display(json=json_, quiet=quiet)
+    _advise(jobs, manifest, output, display)
+    models = _models(manifest, device)
+    for job in jobs:
+        result, took = _run(job, models, display, keep_latents=keep_latents)
+        if json_:
+            say_json(result)
+        elif quiet:
+            say(str(job.output))
+        else:
+            _report(job, result, took, manifest)
+    if not (json_ or quiet):
+        _suggest(jobs[-1], manifest)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One video: its planned request, where it goes, and where its inputs are dumped."""
+
+    request: GenerationRequest
+    output: Path
+    dump: Path | None = None
+
+    def check_output(self) -> None:
+        from mutoscope.media.write import SEQUENCE, output_format
+
+        if output_format(self.output) in ("png", "jpg", "jpeg", "webp") and self.request.frames != 1:
+            raise RequestError(f"{self.output} holds one picture, the video has {self.request.frames} frames.",
+                               hint='Ask for --frames 1, or write "name-%04d.png".')  # fmt: skip
+        if self.dump is not None:
+            self.dump.mkdir(parents=True, exist_ok=True)
+            for part in ("frames", "mask"):
+                output_format(self.dump / part, SEQUENCE)
+
+
+def _dump_folder(folder: Path | None, n: int, of: int) -> Path | None:
+    return folder / f"{n:02d}" if folder is not None and of > 1 else folder
+
+
+def _models(manifest: ModelManifest, device: str | None) -> Models:
+    """Opens nothing yet; but importing the engine takes a second."""
+    import torch
+
+    from mutoscope.engine.pipeline import Models
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as e:
+        raise RequestError(f"--device {chosen}: cannot be used here ({str(e).splitlines()[0]}).",
+                           hint="mutoscope doctor lists what can.") from e  # fmt: skip
+    return Models(manifest, chosen)
+
+
+def _advise(jobs: list[_Job], manifest: ModelManifest, asked: Path | None, display: Display) -> None:
+    """What may surprise, said before the work."""
+    if asked is not None and len(jobs) == 1 and not asked.is_dir() and jobs[0].output != asked:
+        display.note(f"{asked} exists and is kept; writing {jobs[0].output} (--force replaces).")
+    if manifest.files.vocabulary is None:
+        return
+    try:
+        vocabulary = json.loads(manifest.files.vocabulary.path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise FileError(f"{manifest.files.vocabulary.path}: is not a list of words ({e}).") from e
+    unknown = list(dict.fromkeys(w for job in jobs for w in parse.unknown_words(job.request.prompt, vocabulary)))
+    if unknown:
+        words = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        kind = "word" if len(unknown) == 1 else "words"
+        display.note(f"The model {manifest.name} does not know the {kind} {words}: it was not trained on them.")
+
+
+# -- running -------------------------------------------------------------------------------------------------
+
+
+class _Interrupt:
+    """Ctrl-C asks to stop at the next step; a second one stops at once."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.requested = False
+        self._tell = tell
+
+    def __enter__(self) -> Self:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._tell()
+
+
+def _run(job: _Job, models: Models, display: Display, *, keep_latents: bool) -> tuple[dict[str, Any], float]:
+    """Make one video. Whatever happens after the first step, its latents are there unless it succeeded."""
+    from mutoscope.engine.pipeline import generate as events_of
+    from mutoscope.planning import describe
+
+    latents = parse.latents_path(job.output)
+    r = job.request
+    assert r.width and r.height and r.fps
+    events = events_of(models, r, keep_latents=latents, dump_conditioning=job.dump)
+    target = _Target(job.output, r.width, r.height, r.fps, describe(r, models.manifest))
+    rescue = f"mutoscope decode {shlex.quote(str(latents))} -o {shlex.quote(str(job.output))}"
+    try:
+        result = _drive(events, target, display)
+    except Cancelled as e:
+        kept = f"The latents so far are kept. To see them: {rescue}" if latents.exists() else "Nothing was kept."
+        raise Cancelled(e.message, hint=kept) from None
+    except BaseException as e:
+        if latents.exists():
+            e.add_note(f"The denoised latents are kept. To try the rest again: {rescue}")
+        raise
+    if not keep_latents:
+        latents.unlink()
+    facts = {
+        "event": "result",
+        "output": job.output,
+        "size_bytes": _bytes(job.output),
+        "width": r.width,
+        "height": r.height,
+        "frames": r.frames,
+        "fps": r.fps,
+        "seed": r.seed,
+        "model": models.manifest.name,
+        "prompt": r.prompt,
+        "took_seconds": round(result.seconds, 2),
+        "latents": latents if keep_latents else None,
+    }
+    return facts, result.seconds
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The file to write."""
+
+    path: Path
+    width: int
+    height: int
+    fps: float
+    info: dict[str, Any]
+
+
+def _drive(events: Iterator[Event], target: _Target, display: Display) -> Result:
+    """Take events until the result, writing frames; stop between two of them if asked."""
+    from mutoscope.engine.pipeline import write
+
+    last: Event | None = None
+    with ExitStack() as stack:
+        stack.enter_context(display)
+        interrupt = stack.enter_context(
+            _Interrupt(lambda: display.note("Stopping after this step. Ctrl-C again stops at once."))
+        )
+        stack.enter_context(closing(events))  # type: ignore[type-var]
+        written = write(events, target.path, fps=target.fps, width=target.width, height=target.height,
+                        info=lambda: target.info)  # fmt: skip
+        stack.enter_context(closing(written))  # type: ignore[type-var]
+        step: Step | None = None
+        for event in written:
+            last = event
+            step = event if isinstance(event, Step) else step
+            display.show(event)
+            if interrupt.requested and not isinstance(event, Result):
+                where = f"after step {step.i} of {step.n}" if step else "before the first step"
+                raise Cancelled(f"Stopped {where}.")
+    assert isinstance(last, Result)
+    return last
+
+
+def _report(job: _Job, facts: dict[str, Any], took: float, manifest: ModelManifest) -> None:
+    r = job.request
+    assert r.frames and r.fps
+    say(str(job.output), style="bold")
+    length = "1 picture" if r.frames == 1 else f"{r.frames} frames, {r.frames / r.fps:.1f} s at {r.fps:g} fps"
+    say(f"  {r.width}x{r.height}, {length}, {size_text(facts['size_bytes'])}")
+    say(f"  model {manifest.name}, seed {r.seed}, {r.steps} steps, made in {time_text(took)}")
+    if facts["latents"]:
+        say(f"  latents {facts['latents']}")
+
+
+def _suggest(job: _Job, manifest: ModelManifest) -> None:
+    """What to try next, by what was made."""
+    if job.request.quality == "draft":
+        say(f"Next: the same at full quality with --seed {job.request.seed} and without --quality draft.")
+    else:
+        output = shlex.quote(str(job.output))
+        say(f"Next: another take, with another seed, by the same command; or go on from its end with --extend-start {output}")
+    if manifest.name == POCKET:
+        say("The starter knows plain shapes only. For real scenes: mutoscope models")
+
+
+def _bytes(path: Path) -> int:
+    """Size of a file, of the pictures of a folder, or of those that a pattern names."""
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.iterdir())
+    if "%" in path.name:
+        return 0
+    return path.stat().st_size
+
+
+# -- decode --------------------------------------------------------------------------------------------------
+
+
+def decode(
+    latents: Annotated[Path, typer.Argument(help="A file that generate left or kept.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The video (default: the latents' name .mp4).", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Default: the one that made the latents.", show_default=False),
+    ] = None,
+    device: Device = None,
+    force: Force = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Turn latents into a video: after a stop, or when decoding or writing had failed."""
+    from mutoscope.engine import latents as storage
+
+    tensor, info = storage.load(latents)
+    name = model or info.get("model")
+    if not name:
+        raise RequestError(f"{latents} does not say which model made it.", hint="Name it with --model.")
+    manifest = find_model(str(name))
+    request = info.get("request", {})
+    fps = float(request.get("fps") or manifest.defaults.fps)
+    steps, done = request.get("steps"), info.get("steps_done")
+    made = {k: v for k, v in info.items() if k != "steps_done" or done != steps}
+    wanted = output or latents.with_name(latents.name.removesuffix(parse.LATENTS))
+    wanted = wanted if wanted.suffix else wanted.with_suffix(".mp4")
+    path = parse.output_paths(wanted, [""], force=force)[0]
+    from mutoscope.engine.pipeline import decode as frames_of
+    from mutoscope.engine.vae import SPATIAL_STRIDE
+    from mutoscope.media.write import output_format
+
+    output_format(path)
+    display = make_display(json=json_, quiet=quiet)
+    if path != wanted:
+        display.note(f"{wanted} exists and is kept; writing {path} (--force replaces).")
+    if done != steps:
+        display.note(f"These are from step {done} of {steps}: an unfinished picture.")
+    vae = _models(manifest, device).vae
+    if tensor.shape[1] != vae.config.z_dim:
+        raise MutoscopeError(
+            f"{latents} has {tensor.shape[1]} channels, the VAE of {manifest.name} {vae.config.z_dim}.",
+            hint="Name the model that made it with --model.",
+        )
+
+    def events() -> Iterator[Event]:
+        yield Stage(name="decode", seconds=0.0)
+        yield from frames_of(vae, tensor.to(vae.conv2.weight.device))
+        yield Result(seconds=0.0, info=made)
+
+    height, width = (n * SPATIAL_STRIDE for n in tensor.shape[3:])
+    _drive(events(), _Target(path, width, height, fps, made), display)
+    if json_:
+        say_json({"event": "result", "output": path, "size_bytes": _bytes(path), "width": width,
+                  "height": height, "fps": fps, "model": manifest.name})  # fmt: skip
+    else:
+        say(str(path), style="" if quiet else "bold")
