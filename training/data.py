@@ -48,7 +48,17 @@ def make_shard(folder: Path, seed: int, *, level: str, n: int, frames: int, size
     return folder
 
 
-def make(root: Path, *, level: str, clips: int, images: int, frames: int, size: tuple[int, int], seed: int, workers: int) -> None:
+def make(
+    root: Path,
+    *,
+    level: str,
+    clips: int,
+    images: int,
+    frames: int,
+    size: tuple[int, int],
+    seed: int,
+    workers: int,
+) -> None:
     """Fill `root/clips` and `root/images` with shards."""
     plan = [("clips", frames, i) for i in range(clips // SHARD)]
     plan += [("images", 1, i) for i in range(images // SHARD)]
@@ -97,7 +107,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     a = parser.parse_args()
-    make(a.root, level=a.level, clips=a.clips, images=a.images, frames=a.frames, size=tuple(a.size), seed=a.seed, workers=a.workers)
+    make(
+        a.root,
+        level=a.level,
+        clips=a.clips,
+        images=a.images,
+        frames=a.frames,
+        size=tuple(a.size),
+        seed=a.seed,
+        workers=a.workers,
+    )
 
 
 if __name__ == "__main__":

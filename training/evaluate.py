@@ -52,7 +52,9 @@ def cases(n: int, level: str = "first") -> list[Case]:
 def _angle_right(case: Case, seen: Detection) -> bool:
     dx, dy = world.DIRECTIONS[case.scene.objects[0].motion]
     sx, sy = seen.objects[0].direction
-    return math.hypot(sx, sy) > 0.1 and (dx * sx + dy * sy) / math.hypot(dx, dy) / math.hypot(sx, sy) > math.cos(math.pi / 6)
+    return math.hypot(sx, sy) > 0.1 and (dx * sx + dy * sy) / math.hypot(dx, dy) / math.hypot(
+        sx, sy
+    ) > math.cos(math.pi / 6)
 
 
 Check = Callable[[Case, Detection], bool]
@@ -73,14 +75,20 @@ def answer(engine: Engine, case: Case, *, image: NDArray[np.uint8] | None = None
 
     shown = {"keyframes": (Keyframe(image=image, index=0),)} if image is not None else {}
     scene = case.scene
-    return engine.generate(case.prompt, seed=case.seed, width=scene.width, height=scene.height, frames=scene.frames, **shown).frames
+    return engine.generate(
+        case.prompt, seed=case.seed, width=scene.width, height=scene.height, frames=scene.frames, **shown
+    ).frames
 
 
 def share(hits: Iterable[bool]) -> dict[str, float]:
     """Share of hits with its standard error."""
     values = np.array(list(hits), float)
     p = float(values.mean()) if len(values) else float("nan")
-    return {"share": round(p, 4), "standard_error": round(math.sqrt(max(p * (1 - p), 0) / max(len(values), 1)), 4), "n": len(values)}
+    return {
+        "share": round(p, 4),
+        "standard_error": round(math.sqrt(max(p * (1 - p), 0) / max(len(values), 1)), 4),
+        "n": len(values),
+    }
 
 
 def evaluate(engine: Engine, n: int, *, sheet: Path | None = None) -> dict[str, dict[str, float]]:
@@ -102,15 +110,25 @@ def evaluate(engine: Engine, n: int, *, sheet: Path | None = None) -> dict[str, 
     animated = [answer(engine, case, image=image) for case, image in zip(asked, truths, strict=True)]
     quality = [psnr(clip[0], image) for clip, image in zip(animated, truths, strict=True)]
     rows[f"first frame kept (PSNR >= {FIRST_FRAME_DB:g} dB)"] = share(q >= FIRST_FRAME_DB for q in quality)
-    rows["first frame, mean PSNR"] = {"db": round(float(np.mean(quality)), 2), "min_db": round(float(np.min(quality)), 2), "n": n}
+    rows["first frame, mean PSNR"] = {
+        "db": round(float(np.mean(quality)), 2),
+        "min_db": round(float(np.min(quality)), 2),
+        "n": n,
+    }
     rows["first frame given: motion class"] = share(
-        detect(clip).motion == case.scene.objects[0].motion for case, clip in zip(asked, animated, strict=True)
+        detect(clip).motion == case.scene.objects[0].motion
+        for case, clip in zip(asked, animated, strict=True)
     )
     if sheet is not None:
         strips = [np.concatenate([clip[i] for i in (0, 4, 8, 12, 16)], axis=1) for clip in clips[:24]]
         write_image(sheet, contact_sheet(np.stack(strips), 3))
-        strips = [np.concatenate([truths[k], *(clip[i] for i in (0, 5, 10, 16))], axis=1) for k, clip in enumerate(animated[:24])]
-        write_image(sheet.with_name(f"{sheet.stem}-first-frame{sheet.suffix}"), contact_sheet(np.stack(strips), 3))
+        strips = [
+            np.concatenate([truths[k], *(clip[i] for i in (0, 5, 10, 16))], axis=1)
+            for k, clip in enumerate(animated[:24])
+        ]
+        write_image(
+            sheet.with_name(f"{sheet.stem}-first-frame{sheet.suffix}"), contact_sheet(np.stack(strips), 3)
+        )
     return rows
 
 
@@ -126,7 +144,9 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--json", type=Path)

@@ -80,11 +80,14 @@ def export(runs: Path, root: Path, out: Path) -> None:
     sizes = {
         "dit.gguf": write(out / "dit.gguf", model.dit.state_dict(),
                           {"general.architecture": "wan", **about, **train_dit.DIT.metadata}),
-        "text.gguf": write(out / "text.gguf", model.text.state_dict(), {**model.text.config.metadata, **about, **tokenizer}),
+        "text.gguf": write(out / "text.gguf", model.text.state_dict(),
+                           {**model.text.config.metadata, **about, **tokenizer}),
         "vae.gguf": write(out / "vae.gguf", with_all_taps(torch.load(runs / "vae.pt", weights_only=True)),
                           {"general.architecture": "wan_vae", **about, **config.metadata}),
     }  # fmt: skip
-    words = {w for shard in shards for texts in shard.captions for text in texts for w in captions.words(text)}
+    words = {
+        w for shard in shards for texts in shard.captions for text in texts for w in captions.words(text)
+    }
     (out / "vocabulary.json").write_text(json.dumps(sorted(words)))
     for name, size in sizes.items():
         print(f"{name} {size / 1e6:.2f} MB")

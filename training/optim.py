@@ -25,9 +25,11 @@ def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised. Parameters of more than two axes are flattened to [out, rest]; equal shapes go together."""
+    """Momentum, orthogonalised. Weights are taken as [out, rest]; those of equal shape go together."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -49,13 +51,17 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-size)
 
 
-def split(modules: Iterable[nn.Module], *, adam_names: tuple[str, ...]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split(
+    modules: Iterable[nn.Module], *, adam_names: tuple[str, ...]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters for Muon (hidden matrices and convolutions) and for AdamW (vectors, tables, first and last layers)."""
     muon, adam = [], []
     for module in modules:
         for name, p in module.named_parameters():
             if p.requires_grad:
-                (adam if p.dim() < 2 or p.shape[0] == 1 or any(n in name for n in adam_names) else muon).append(p)
+                (
+                    adam if p.dim() < 2 or p.shape[0] == 1 or any(n in name for n in adam_names) else muon
+                ).append(p)
     return muon, adam
 
 

@@ -69,7 +69,9 @@ def fit(clips: np.ndarray, seed: int = 0) -> LinearCode:
     first_x = _blocks(video[:, :, :1], 1).flatten(0, 3)
     first_mean, first, first_std = _components(first_x, Z)
     later = later * later_std ** (-WHITEN)
-    first = first * 2.0 * first_std.clamp(min=1e-3).mul(2.0) ** (-WHITEN)  # one frame stands for four: twice the norm
+    first = (
+        first * 2.0 * first_std.clamp(min=1e-3).mul(2.0) ** (-WHITEN)
+    )  # one frame stands for four: twice the norm
     still = _blocks(video[:, :, :1].repeat(1, 1, 4, 1, 1), 4).flatten(0, 3)
     target = (still - later_mean) @ later
     code = (first_x - first_mean) @ first

@@ -169,7 +169,9 @@ def _token_mask(cells: Tensor) -> Tensor:
     return torch.cat((first, later.unflatten(1, (-1, 4)).amax(2)), dim=1)
 
 
-def loss_of(model: Starter, batch: dict[str, Tensor], context: Tensor | None, rope: Tensor, aux: float) -> tuple[Tensor, dict[str, float]]:
+def loss_of(
+    model: Starter, batch: dict[str, Tensor], context: Tensor | None, rope: Tensor, aux: float
+) -> tuple[Tensor, dict[str, float]]:
     """Flow matching; cells of objects count more once the noise is low enough to know where they are."""
     x0, n = batch["x"], len(batch["x"])
     t = torch.sigmoid(torch.randn(n))
@@ -199,7 +201,9 @@ def tokenizer_metadata(runs: Path, root: Path) -> dict:
     """The tokenizer, trained once on the captions and kept."""
     path = runs / "tokenizer.pt"
     if not path.exists():
-        lines = [text for shard in data.shards(root, "images")[:8] for texts in shard.captions for text in texts]
+        lines = [
+            text for shard in data.shards(root, "images")[:8] for texts in shard.captions for text in texts
+        ]
         torch.save(train_tokenizer(lines, VOCABULARY_SIZE, words=captions.vocabulary()), path)
     return torch.load(path, weights_only=False)
 
@@ -217,7 +221,10 @@ def train(stage: str, a: argparse.Namespace) -> None:
         model.load_state_dict(saved["weights"])
         if stage == "vace" and not saved["vace"]:
             model.start_vace()
-    muon, adam = optim.split([model], adam_names=("token_embd", "rel_b", "modulation", "patch_embedding", "head", "time_embedding.0"))
+    muon, adam = optim.split(
+        [model],
+        adam_names=("token_embd", "rel_b", "modulation", "patch_embedding", "head", "time_embedding.0"),
+    )
     optimisers = [
         optim.Muon(muon, lr=a.lr),
         torch.optim.AdamW(adam, lr=a.lr * 0.15, betas=(0.9, 0.98), weight_decay=0, fused=True),
@@ -238,7 +245,9 @@ def train(stage: str, a: argparse.Namespace) -> None:
         batch = source.next(a.batch * (4 if source is pictures else 1))
         context = examples.vace_context(batch) if stage == "vace" and source is examples else None
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, report = loss_of(model, batch, context, ropes[batch["x"].shape[2]], 0.1 if stage == "images" else 0.03)
+            loss, report = loss_of(
+                model, batch, context, ropes[batch["x"].shape[2]], 0.1 if stage == "images" else 0.03
+            )
         for o in optimisers:
             o.zero_grad(set_to_none=True)
         loss.backward()
@@ -263,14 +272,18 @@ def _save(ema: optim.EMA, stage: str, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=("images", "clips", "vace"))
     parser.add_argument("--data", type=Path, default=Path("runs/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/dit.pt"))
     parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--decay", type=float, default=0.4, help="share of the run over which the rate decays")
+    parser.add_argument(
+        "--decay", type=float, default=0.4, help="share of the run over which the rate decays"
+    )
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mutoscope.engine.vae import VAEConfig, WanVAE
@@ -83,7 +82,9 @@ class Batches:
         return video
 
 
-def train(mode: str, root: Path, out: Path, minutes: float, batch: int, n_frames: int, lr: float, seed: int) -> None:
+def train(
+    mode: str, root: Path, out: Path, minutes: float, batch: int, n_frames: int, lr: float, seed: int
+) -> None:
     torch.manual_seed(seed)
     code = pca.LinearCode.load(out.parent / "code.pt")
     vae = build()
@@ -92,7 +93,10 @@ def train(mode: str, root: Path, out: Path, minutes: float, batch: int, n_frames
     parts = {"decoder": [vae.conv2, vae.decoder], "encoder": [vae.encoder, vae.conv1]}
     parts["joint"] = parts["decoder"] + parts["encoder"]
     muon, adam = optim.split(parts[mode], adam_names=("gamma", "head.2"))
-    optimisers = [optim.Muon(muon, lr=lr), torch.optim.AdamW(adam, lr=lr * 0.15, betas=(0.9, 0.95), weight_decay=0)]
+    optimisers = [
+        optim.Muon(muon, lr=lr),
+        torch.optim.AdamW(adam, lr=lr * 0.15, betas=(0.9, 0.95), weight_decay=0),
+    ]
     rates = [group["lr"] for o in optimisers for group in o.param_groups]
     ema = optim.EMA(vae, 0.995)
     batches = Batches(root, n_frames, seed + int(time.time()))
@@ -106,7 +110,11 @@ def train(mode: str, root: Path, out: Path, minutes: float, batch: int, n_frames
         target = code.encode(shown)
         loss = torch.zeros(())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            z = target if mode == "decoder" else vae.encode(shown.contiguous(memory_format=torch.channels_last_3d), n_frames)
+            z = (
+                target
+                if mode == "decoder"
+                else vae.encode(shown.contiguous(memory_format=torch.channels_last_3d), n_frames)
+            )
             if mode != "decoder":
                 code_loss = (z - target).square().mean()
                 running["code"] = float(code_loss.detach())
@@ -128,7 +136,9 @@ def train(mode: str, root: Path, out: Path, minutes: float, batch: int, n_frames
             torch.save(ema.weights, out.with_suffix(".part"))
             out.with_suffix(".part").rename(out)
             text = " ".join(f"{k} {v:.4f}" for k, v in running.items())
-            print(f"{mode} {(last - start) / 60:.1f} min step {step} loss {loss.item():.4f} {text}", flush=True)
+            print(
+                f"{mode} {(last - start) / 60:.1f} min step {step} loss {loss.item():.4f} {text}", flush=True
+            )
     torch.save(ema.weights, out)
 
 
@@ -143,7 +153,9 @@ def _raw(vae: WanVAE, z: Tensor):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("mode", choices=("decoder", "encoder", "joint"))
     parser.add_argument("--data", type=Path, default=Path("runs/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/vae.pt"))

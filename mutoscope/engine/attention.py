@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attend(
+    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """softmax(q k^T * scale + bias) v, with scale 1/sqrt(D) unless given.
 
     `bias` is added to the logits and must broadcast to [B, H, L, S]. Returns [B, L, H, D].

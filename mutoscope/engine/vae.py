@@ -18,6 +18,7 @@ Details that have caused bugs:
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,9 @@ def our_names(names: Iterable[str]) -> dict[str, str]:
 
     def flat_index(match: re.Match[str]) -> str:
         level, kind, j = match.groups()
-        return f"decoder.upsamples.{int(level) * per_level + (int(j) if kind == 'resnets' else per_level - 1)}."
+        return (
+            f"decoder.upsamples.{int(level) * per_level + (int(j) if kind == 'resnets' else per_level - 1)}."
+        )
 
     def translate(name: str) -> str:
         for theirs, ours in _DIFFUSERS_ROOT.items():
@@ -136,7 +139,9 @@ class VAEConfig:
                 break
             k += 1
         if len(set(counts)) != 1 or len(widths) != len(counts):
-            raise WeightError(f"not a Wan 2.1 VAE: residual blocks per level are {counts}, expected equal numbers")
+            raise WeightError(
+                f"not a Wan 2.1 VAE: residual blocks per level are {counts}, expected equal numbers"
+            )
         mean = tuple(float(v) for v in metadata.get("vae.latent_mean", WAN_MEAN))
         std = tuple(float(v) for v in metadata.get("vae.latent_std", WAN_STD))
         if len(mean) != z_dim or len(std) != z_dim:
@@ -241,7 +246,9 @@ class Downsample(nn.Module):
         stream[self] = x[:, :, -1:].clone()
         if last is None:
             return x
-        return F.conv3d(torch.cat((last, x), dim=2), self.time_conv.weight, self.time_conv.bias, stride=(2, 1, 1))
+        return F.conv3d(
+            torch.cat((last, x), dim=2), self.time_conv.weight, self.time_conv.bias, stride=(2, 1, 1)
+        )
 
 
 class Upsample(nn.Module):
@@ -282,7 +289,9 @@ class Encoder(nn.Module):
                 layers.append(Downsample(width, config.temporal[level]))
         self.downsamples = nn.ModuleList(layers)
         self.middle = _middle(width)
-        self.head = nn.ModuleDict({"0": RMSNorm(width, 3), "2": CausalConv3d(width, 2 * config.z_dim, (3, 3, 3))})
+        self.head = nn.ModuleDict(
+            {"0": RMSNorm(width, 3), "2": CausalConv3d(width, 2 * config.z_dim, (3, 3, 3))}
+        )
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv1(x, stream)
@@ -307,7 +316,9 @@ class Decoder(nn.Module):
                 layers.append(Upsample(width, config.temporal[level - 1]))
                 width //= 2
         self.upsamples = nn.ModuleList(layers)
-        self.head = nn.ModuleDict({"0": RMSNorm(width, 3), "2": CausalConv3d(width, 3, (kernel_times[0], 3, 3))})
+        self.head = nn.ModuleDict(
+            {"0": RMSNorm(width, 3), "2": CausalConv3d(width, 3, (kernel_times[0], 3, 3))}
+        )
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv1(x, stream)
@@ -353,7 +364,7 @@ class WanVAE(nn.Module):
         """A clip of 1 + 4n frames, [B, 3, F, H, W] in [-1, 1], to float32 latents [B, Z, 1 + n, H/8, W/8]."""
         n_frames = video_BCFHW.shape[2]
         starts = [0, *range(1, n_frames, chunk), n_frames] if n_frames > 1 else [0, 1]
-        pieces = (video_BCFHW[:, :, a:b] for a, b in zip(starts, starts[1:], strict=False))
+        pieces = (video_BCFHW[:, :, a:b] for a, b in itertools.pairwise(starts))
         return torch.cat(list(self.encode_stream(pieces)), dim=2)
 
     def decode_stream(self, latents_BZFHW: Tensor, chunk: int = 1) -> Iterator[Tensor]:
@@ -363,7 +374,7 @@ class WanVAE(nn.Module):
         stream = Stream()
         n = z.shape[2]
         starts = [0, *range(1, n, chunk), n] if n > 1 else [0, 1]
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in itertools.pairwise(starts):
             frames = self.decoder(self.conv2(z[:, :, a:b], stream), stream)
             yield frames.float().clamp(-1, 1)
 

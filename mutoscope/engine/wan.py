@@ -102,12 +102,14 @@ class WanConfig:
 
     @classmethod
     def from_tensors(cls, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, Any]) -> WanConfig:
-        """Infer the configuration from official tensor names; `wan.*` metadata keys override what shapes cannot tell."""
+        """Infer the configuration from tensor shapes; `wan.*` metadata keys tell what shapes cannot."""
 
         def shape(name: str) -> Sequence[int]:
             if name not in shapes:
-                raise WeightError(f"not a Wan model: tensor {name!r} is missing",
-                                  hint="Expected the official (GGUF) or diffusers tensor names of Wan 2.1.")  # fmt: skip
+                raise WeightError(
+                    f"not a Wan model: tensor {name!r} is missing",
+                    hint="Expected the official (GGUF) or diffusers tensor names of Wan 2.1.",
+                )
             return shapes[name]
 
         def count(prefix: str) -> int:
@@ -128,7 +130,9 @@ class WanConfig:
             else:
                 layers = tuple(range(0, n_layers, max(1, n_layers // n_vace)))[:n_vace]
             if len(layers) != n_vace or any(not 0 <= i < n_layers for i in layers):
-                raise WeightError(f"{n_vace} VACE blocks cannot be attached to {n_layers} layers (got {layers})")
+                raise WeightError(
+                    f"{n_vace} VACE blocks cannot be attached to {n_layers} layers (got {layers})"
+                )
             vace_in = math.prod(shape("vace_patch_embedding.weight")) // dim // 4
         return cls(
             dim=dim,
@@ -188,7 +192,9 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0, device: Any = None) -> Tensor:
+def rope_table(
+    grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0, device: Any = None
+) -> Tensor:
     """Angles of 3-D rotary embedding as (cos, sin): float32 [2, L, head_dim / 2] for a grid of (F, H, W) tokens."""
     d_h = d_w = 2 * (head_dim // 6)
     parts = []
@@ -252,9 +258,13 @@ class Block(nn.Module):
         self.ffn = nn.ModuleDict({"0": nn.Linear(dim, config.ffn_dim), "2": nn.Linear(config.ffn_dim, dim)})
         self.eps = eps
 
-    def forward(self, x: Tensor, e0: Tensor, rope: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, e0: Tensor, rope: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> Tensor:
         """One block on the float32 residual stream x [B, L, D]."""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.float() + e0).unsqueeze(2).unbind(1)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
+            (self.modulation.float() + e0).unsqueeze(2).unbind(1)
+        )
         width = (x.shape[-1],)
         y = self.self_attn(F.layer_norm(x, width, eps=self.eps) * (1 + scale_a) + shift_a, rope)
         x = x + y.float() * gate_a
@@ -299,7 +309,14 @@ class Head(nn.Module):
 class WanModel(nn.Module):
     """Predicts the flow velocity (noise - clean) of latents [B, C, F, H, W] at a noise level."""
 
-    FLOAT32 = ("patch_embedding", "vace_patch_embedding", "time_embedding", "time_projection", "text_embedding", "head")
+    FLOAT32 = (
+        "patch_embedding",
+        "vace_patch_embedding",
+        "time_embedding",
+        "time_projection",
+        "text_embedding",
+        "head",
+    )
     """Parts that always run in float32: their cost is nothing and their error goes everywhere."""
 
     def __init__(self, config: WanConfig) -> None:
@@ -317,7 +334,7 @@ class WanModel(nn.Module):
             self.vace_blocks = nn.ModuleList([VaceBlock(config, m) for m in range(len(config.vace_layers))])
 
     def time_modulation(self, t_B: Tensor) -> TimeModulation:
-        """Noise levels 0..1000, [B], to the modulation of all blocks; depends on nothing else, so made once per schedule."""
+        """Noise levels 0..1000, [B], to the modulation of all blocks; made once per schedule."""
         half = self.config.freq_dim // 2
         freq = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t_B.device) / half)
         angle = t_B.double()[:, None] * freq
@@ -325,7 +342,9 @@ class WanModel(nn.Module):
         e = self.time_embedding["2"](F.silu(self.time_embedding["0"](emb))).float()
         return TimeModulation(e, self.time_projection["1"](F.silu(e)).float().unflatten(1, (6, -1)))
 
-    def text_context(self, rows_BSE: Tensor, lengths: Sequence[int] | Tensor, *, vace: bool = True) -> TextContext:
+    def text_context(
+        self, rows_BSE: Tensor, lengths: Sequence[int] | Tensor, *, vace: bool = True
+    ) -> TextContext:
         """Encoder rows [B, S, E] of which the first lengths[b] are real, to keys and values for every block.
 
         Rows after the length are ignored. With `text_length` set, the official padding is added as one key per
