@@ -117,27 +117,45 @@ def examine(models_dir: Path, *, online: bool = False) -> dict[str, Any]:
 def problems(report: dict[str, Any]) -> list[Problem]:
     """What to do about a report, the severe ones first."""
     found = []
+
+    def add(condition: bool, text: str, todo: str, *, severe: bool = False) -> None:
+        if condition:
+            found.append(Problem(text, todo, severe))
+
     for name, extension in ENCODERS.items():
-        if not report["encoders"][name]:
-            found.append(Problem(f"PyAV here cannot write {extension} ({name} is missing).",
-                                 "Reinstall it: pip install --force-reinstall --only-binary :all: av", severe=name == "libx264"))  # fmt: skip
+        add(
+            not report["encoders"][name],
+            f"PyAV cannot write {extension} here ({name} is missing).",
+            "Install it with its codecs: pip install --force-reinstall --only-binary :all: av",
+            severe=name == "libx264",
+        )
     for model in report["installed"]:
-        if model["problem"]:
-            found.append(Problem(f"The model {model['name']} cannot be used: {model['problem']}",
-                                 f"mutoscope models remove {model['name']}, then pull it again."))  # fmt: skip
-    if report["disk"]["free_bytes"] < LOW_DISK_BYTES:
-        found.append(Problem(f"{report['disk']['free_bytes'] / 1e9:.1f} GB are free for models; the large ones take 6 to 25 GB.",
-                             "Set MUTOSCOPE_HOME to a folder on a larger disk."))  # fmt: skip
-    if not report["fits"]:
-        found.append(Problem("None of the known models fits in the free memory; the starter does.",
-                             "Close other programs, or take a machine with 8 GB or more."))  # fmt: skip
-    if report["endpoint"]["reachable"] is False:
-        found.append(Problem(f"{report['endpoint']['url']} cannot be reached.",
-                             "Installed models work offline. To pull, check the network or set HF_ENDPOINT to a mirror."))  # fmt: skip
-    rates = report["gflops"]
-    if len(report["devices"]) == 1 and rates["float32"] < 50:
-        found.append(Problem(f"The CPU does {rates['float32']:.0f} GFLOP/s: the starter runs well, large models take hours a clip.",
-                             "Use a machine with a GPU for those."))  # fmt: skip
+        add(
+            bool(model["problem"]),
+            f"The model {model['name']} cannot be used: {model['problem']}",
+            f"Remove it (mutoscope models remove {model['name']}) and pull it again.",
+        )
+    add(
+        report["disk"]["free_bytes"] < LOW_DISK_BYTES,
+        f"{report['disk']['free_bytes'] / 1e9:.1f} GB are free for models; most take 6 to 25 GB.",
+        "Set MUTOSCOPE_HOME to a folder on a larger disk.",
+    )
+    add(
+        not report["fits"],
+        "None of the known models fits in the free memory; the starter does.",
+        "Close other programs, or take a machine with 8 GB or more.",
+    )
+    add(
+        report["endpoint"]["reachable"] is False,
+        f"{report['endpoint']['url']} cannot be reached.",
+        "Installed models work offline. To pull, check the network or set HF_ENDPOINT to a mirror.",
+    )
+    add(
+        len(report["devices"]) == 1,
+        f"There is no GPU. The CPU's {max(report['gflops'].values()):.0f} GFLOP/s are enough for the starter, "
+        "while the large models take hours for a clip.",
+        "Start with --quality draft, a small --size and few --frames.",
+    )
     return sorted(found, key=lambda p: not p.severe)
 
 

@@ -1,4 +1,4 @@
-"""A complete model set of a few hundred kilobytes with seeded random weights, for tests that must not depend on training.
+"""A complete model set of some hundred kilobytes with seeded random weights: tests need no training.
 
     folder = make_tiny_model(tmp_path)          # model.toml, dit.gguf, text.gguf, vae.gguf, vocabulary.json
     Engine(folder).generate("a red ball", seed=1)
@@ -20,7 +20,15 @@ from mutoscope.engine.gguf import GGMLType, GGUFWriter
 from mutoscope.engine.umt5 import UMT5Config, UMT5Encoder
 from mutoscope.engine.vae import VAEConfig, WanVAE
 from mutoscope.engine.wan import WanConfig, WanModel
-from mutoscope.manifest import MANIFEST, Defaults, Limits, ModelFile, ModelFiles, ModelManifest, write_manifest
+from mutoscope.manifest import (
+    MANIFEST,
+    Defaults,
+    Limits,
+    ModelFile,
+    ModelFiles,
+    ModelManifest,
+    write_manifest,
+)
 from training.make_tokenizer import train_tokenizer
 
 Z_DIM = 4
@@ -36,7 +44,15 @@ VAE = VAEConfig(
     rgb=((0.3, 0.1, 0.0), (0.0, 0.3, 0.1), (0.1, 0.0, 0.3), (0.2, 0.2, 0.2), (0.0, 0.0, 0.0)),
 )  # fmt: skip
 DEFAULTS = Defaults(
-    steps=4, guidance=2.0, shift=3.0, sampler="unipc", width=32, height=32, frames=5, fps=8.0, negative_prompt="blurred"
+    steps=4,
+    guidance=2.0,
+    shift=3.0,
+    sampler="unipc",
+    width=32,
+    height=32,
+    frames=5,
+    fps=8.0,
+    negative_prompt="blurred",
 )
 
 

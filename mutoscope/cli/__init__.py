@@ -1,11 +1,12 @@
 """The command line. Thin: parse, build a request, call, print.
 
-parse.py      texts to values, names for files        generate.py   generate, decode
-remake.py     metadata to the command that made it    models.py     models, pull
-progress.py   bar, lines or JSON while it runs        files.py      inspect, quantize
+parse.py      texts to values, names for files        generate.py   generate
+running.py    take events, stop on Ctrl-C             decode.py     decode
+progress.py   bar, lines or JSON while it runs        models.py     models, pull
+remake.py     metadata to the command that made it    files.py      inspect, quantize
 common.py     consoles, options, failures             doctor.py     doctor
 
-Importing it is cheap (`mutoscope --help` answers at once): the engine is imported by the commands that need it.
+Importing it is cheap, so `mutoscope --help` answers at once: commands import the engine when they need it.
 Exit codes: errors.py, docs/cli.md.
 """
 
@@ -14,12 +15,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mutoscope import __version__
-from mutoscope.cli import doctor, files, generate, models
+from mutoscope.cli import decode, doctor, files, generate, models
 from mutoscope.cli.common import Settings, say, tell_failure
 
 USAGE = 2
@@ -50,15 +51,15 @@ def mutoscope(
 
 
 app.command()(generate.generate)
-app.command()(generate.decode)
+app.command()(decode.decode)
 app.add_typer(models.app, name="models")
 app.command()(models.pull)
 app.command()(files.inspect)
 app.command()(files.quantize)
 app.command()(doctor.doctor)
 
-# typer carries its own click or uses the installed one, depending on its version: the classes are taken from it
-_UsageError = typer.BadParameter.__mro__[1]
+# typer carries its own click or uses the installed one, by its version: this is the one it raises
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -71,11 +72,11 @@ def run(arguments: Sequence[str]) -> int:
     except _UsageError as e:
         ctx = getattr(e, "ctx", None)
         command = ctx.command_path if ctx else "mutoscope"
-        say(f"Error: {e.format_message()}", err=True)  # type: ignore[attr-defined]
+        say(f"Error: {e.format_message()}", err=True)
         say(f"See: {command} --help", err=True)
         return USAGE
-    except (KeyboardInterrupt, typer.Abort):
-        say("Stopped.", err=True)
+    except (KeyboardInterrupt, typer.Abort) as e:
+        say(" ".join(("Stopped.", *getattr(e, "__notes__", ()))), err=True)
         return INTERRUPTED
     except BrokenPipeError:  # `mutoscope models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""What all commands share: settings of one run, where text goes, how sizes and times read, how failures are told.
+"""What all commands share: settings of a run, where text goes, how numbers read, how failures are told.
 
 Results go to stdout, everything else (progress, notes, errors) to stderr; with --json stdout holds JSON only.
 """
@@ -134,7 +134,9 @@ def _as_ours(error: BaseException) -> MutoscopeError | None:
     text = str(error)
     no_memory = ("out of memory", "can't allocate memory", "not enough memory")
     if isinstance(error, MemoryError) or any(words in text for words in no_memory):
-        return ResourceError("memory ran out.", hint="Ask for a smaller size or fewer frames, or close other programs.")
+        return ResourceError(
+            "memory ran out.", hint="Ask for a smaller size or fewer frames, or close other programs."
+        )
     if isinstance(error, OSError) and error.filename is not None:
         return MutoscopeError(f"{error.filename}: {error.strerror}.")
     return None

@@ -30,7 +30,11 @@ def doctor(
         _print(report)
         say("")
         for problem in found:
-            say(Text("! ", style="bold red" if problem.severe else "yellow").append(problem.text, style="not bold default"))
+            say(
+                Text("! ", style="bold red" if problem.severe else "yellow").append(
+                    problem.text, style="not bold default"
+                )
+            )
             say(f"  {problem.todo}")
         if not found:
             say("All is well.")
@@ -41,8 +45,7 @@ def doctor(
 def _print(r: dict[str, Any]) -> None:
     cpu, rates, endpoint = r["cpu"], r["gflops"], r["endpoint"]
     libraries = ", ".join(f"{name} {v or 'missing'}" for name, v in r["libraries"].items())
-    gpus = [f"{d['device']} {d['name']} ({size_text(d['available_bytes'])} of {size_text(d['total_bytes'])} free)"
-            if "name" in d else d["device"] for d in r["devices"] if d["device"] != "cpu"]  # fmt: skip
+    gpus = [_gpu(d) for d in r["devices"] if d["device"] != "cpu"]
     installed = ", ".join(m["name"] for m in r["installed"])
     reachable = {None: "not tried (--online tries)", True: "reachable", False: "not reachable"}
     encoders = ", ".join(f"{name} {'ok' if here else 'missing'}" for name, here in r["encoders"].items())
@@ -59,7 +62,14 @@ def _print(r: dict[str, Any]) -> None:
         "encoders": encoders,
         "hub": f"{endpoint['url']}, {reachable[endpoint['reachable']]}",
         "fits": ", ".join(r["fits"]) or "pocket only",
-        "cpu speed": f"float32 {rates['float32']:.0f}, bfloat16 {rates['bfloat16']:.0f} GFLOP/s (matrix product)",
+        "cpu speed": f"float32 {rates['float32']:.0f}, bfloat16 {rates['bfloat16']:.0f} GFLOP/s",
     }
     for name, value in rows.items():
         say(Text(f"{name:<10} ", style="bold").append(value, style="not bold"))
+
+
+def _gpu(device: dict[str, Any]) -> str:
+    if "name" not in device:
+        return str(device["device"])
+    free, total = size_text(device["available_bytes"]), size_text(device["total_bytes"])
+    return f"{device['device']} {device['name']} ({free} of {total} free)"

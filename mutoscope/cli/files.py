@@ -22,7 +22,7 @@ def inspect(
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a file holds: a model's layout and what fits, or how a video was made and how to make it again."""
+    """Say what a file holds: the layout of a model, or how a video was made and how to make it again."""
     if not file.exists():
         raise FileError(f"{file}: no such file.")
     if file.suffix.lower() in WEIGHTS or _is_gguf(file):
@@ -100,7 +100,11 @@ def _inspect_media(file: Path, *, json_: bool) -> None:
         say("Not made by Mutoscope, or its metadata was removed.")
         return
     _print_making(info)
-    say("To make it again:" if command else "It was made by the library with arrays or a composition: no command can repeat it.")
+    say(
+        "To make it again:"
+        if command
+        else "It was made by the library with arrays or a composition: no command can repeat it."
+    )
     if command:
         console().print(command, markup=False, soft_wrap=True)  # never broken: it is to be copied
 
@@ -123,12 +127,11 @@ def _print_making(info: dict[str, Any]) -> None:
 
 
 def quantize(
-    source: Annotated[
-        Path, typer.Argument(help="A .gguf, .safetensors or .pth file.", show_default=False)
-    ],
+    source: Annotated[Path, typer.Argument(help="A .gguf, .safetensors or .pth file.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="The .gguf file to write.", show_default=False)],
     type_: Annotated[
-        str, typer.Option("--type", "-t", help="Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_S, F16, ...", show_default=False)
+        str,
+        typer.Option("--type", "-t", help="Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_S, F16, ...", show_default=False),
     ],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     quiet: Quiet = False,

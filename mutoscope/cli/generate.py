@@ -1,17 +1,12 @@
-"""`mutoscope generate` and `mutoscope decode`: from prompts or latents to files."""
+"""`mutoscope generate`: from prompts to files."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,13 +14,13 @@ from mutoscope.catalog import POCKET, find_model
 from mutoscope.cli import parse
 from mutoscope.cli.common import Debug, Device, Json, Quiet, say, say_json, size_text, time_text
 from mutoscope.cli.progress import Display, make_display
-from mutoscope.errors import Cancelled, FileError, MutoscopeError, RequestError
-from mutoscope.events import Event, Result, Stage, Step
+from mutoscope.cli.running import Target, bytes_of, drive, open_models
+from mutoscope.errors import Cancelled, FileError, RequestError
 from mutoscope.manifest import ModelManifest
 
 if TYPE_CHECKING:
     from mutoscope.engine.pipeline import Models
-    from mutoscope.request import Conditioning, GenerationRequest
+    from mutoscope.request import GenerationRequest
 
 _SHOW = "Pictures and clips to follow"
 _LENGTH = "Size and length"
@@ -38,16 +33,19 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing file."
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="A text file of prompts, one a line.", show_default=False)
+        Path | None,
+        typer.Option("--file", "-f", help="A text file of prompts, one a line.", show_default=False),
     ] = None,
     model: Annotated[
         str, typer.Option("--model", "-m", help="An installed model, or the path of a model.toml.")
     ] = POCKET,
     image: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The first frame.", show_default=False, rich_help_panel=_SHOW)
+        str | None,
+        typer.Option(metavar="FILE", help="The first frame.", show_default=False, rich_help_panel=_SHOW),
     ] = None,
     last_image: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The last frame.", show_default=False, rich_help_panel=_SHOW)
+        str | None,
+        typer.Option(metavar="FILE", help="The last frame.", show_default=False, rich_help_panel=_SHOW),
     ] = None,
     keyframe: Annotated[
         list[str] | None,
@@ -78,11 +76,18 @@ def generate(
     ] = None,
     control: Annotated[
         Literal["as-is", "gray"],
-        typer.Option(help="How --video is followed: as it is, or its brightness only.", rich_help_panel=_SHOW),
+        typer.Option(
+            help="How --video is followed: as it is, or its brightness only.", rich_help_panel=_SHOW
+        ),
     ] = "as-is",
     mask: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="A picture or clip: white is repainted.", show_default=False, rich_help_panel=_SHOW),
+        typer.Option(
+            metavar="FILE",
+            help="A picture or clip: white is repainted.",
+            show_default=False,
+            rich_help_panel=_SHOW,
+        ),
     ] = None,
     box: Annotated[
         list[str] | None,
@@ -111,7 +116,10 @@ def generate(
     extend_end: Annotated[
         str | None,
         typer.Option(
-            metavar="CLIP", help="Lead up to the start of this clip.", show_default=False, rich_help_panel=_SHOW
+            metavar="CLIP",
+            help="Lead up to the start of this clip.",
+            show_default=False,
+            rich_help_panel=_SHOW,
         ),
     ] = None,
     track: Annotated[
@@ -235,8 +243,11 @@ def generate(
     from mutoscope.request import Conditioning, GenerationRequest, Keyframe
 
     if (prompt is None) == (file is None):
-        raise RequestError("Give a prompt or a file of prompts." if prompt is None else "Both a prompt and a file of prompts were given.",
-                           hint='Like: mutoscope generate "a red ball falls and bounces"')  # fmt: skip
+        both = "Both a prompt and a file of prompts were given."
+        raise RequestError(
+            "There is no prompt." if prompt is None else both,
+            hint='Like: mutoscope generate "a red ball falls and bounces", or --file prompts.txt',
+        )
     if seconds is not None and frames is not None:
         raise RequestError("Both --seconds and --frames were given.", hint="Give one of them.")
     texts = parse.prompts(file) if file is not None else [prompt or ""]
@@ -284,7 +295,7 @@ def generate(
         job.check_output()
     display = make_display(json=json_, quiet=quiet)
     _advise(jobs, manifest, output, display)
-    models = _models(manifest, device)
+    models = open_models(manifest, device)
     for job in jobs:
         result, took = _run(job, models, display, keep_latents=keep_latents)
         if json_:
@@ -309,8 +320,10 @@ class _Job:
         from mutoscope.media.write import SEQUENCE, output_format
 
         if output_format(self.output) in ("png", "jpg", "jpeg", "webp") and self.request.frames != 1:
-            raise RequestError(f"{self.output} holds one picture, the video has {self.request.frames} frames.",
-                               hint='Ask for --frames 1, or write "name-%04d.png".')  # fmt: skip
+            raise RequestError(
+                f"{self.output} holds one picture, the video has {self.request.frames} frames.",
+                hint='Ask for --frames 1, or write "name-%04d.png".',
+            )
         if self.dump is not None:
             self.dump.mkdir(parents=True, exist_ok=True)
             for part in ("frames", "mask"):
@@ -319,21 +332,6 @@ class _Job:
 
 def _dump_folder(folder: Path | None, n: int, of: int) -> Path | None:
     return folder / f"{n:02d}" if folder is not None and of > 1 else folder
-
-
-def _models(manifest: ModelManifest, device: str | None) -> Models:
-    """Opens nothing yet; but importing the engine takes a second."""
-    import torch
-
-    from mutoscope.engine.pipeline import Models
-
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as e:
-        raise RequestError(f"--device {chosen}: cannot be used here ({str(e).splitlines()[0]}).",
-                           hint="mutoscope doctor lists what can.") from e  # fmt: skip
-    return Models(manifest, chosen)
 
 
 def _advise(jobs: list[_Job], manifest: ModelManifest, asked: Path | None, display: Display) -> None:
@@ -346,38 +344,18 @@ def _advise(jobs: list[_Job], manifest: ModelManifest, asked: Path | None, displ
         vocabulary = json.loads(manifest.files.vocabulary.path.read_text("utf-8"))
     except (OSError, ValueError) as e:
         raise FileError(f"{manifest.files.vocabulary.path}: is not a list of words ({e}).") from e
-    unknown = list(dict.fromkeys(w for job in jobs for w in parse.unknown_words(job.request.prompt, vocabulary)))
+    unknown = list(
+        dict.fromkeys(w for job in jobs for w in parse.unknown_words(job.request.prompt, vocabulary))
+    )
     if unknown:
         words = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         kind = "word" if len(unknown) == 1 else "words"
-        display.note(f"The model {manifest.name} does not know the {kind} {words}: it was not trained on them.")
+        display.note(
+            f"The model {manifest.name} does not know the {kind} {words}: it was not trained on them."
+        )
 
 
 # -- running -------------------------------------------------------------------------------------------------
-
-
-class _Interrupt:
-    """Ctrl-C asks to stop at the next step; a second one stops at once."""
-
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self.requested = False
-        self._tell = tell
-
-    def __enter__(self) -> Self:
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        self._tell()
 
 
 def _run(job: _Job, models: Models, display: Display, *, keep_latents: bool) -> tuple[dict[str, Any], float]:
@@ -387,14 +365,16 @@ def _run(job: _Job, models: Models, display: Display, *, keep_latents: bool) -> 
 
     latents = parse.latents_path(job.output)
     r = job.request
-    assert r.width and r.height and r.fps
     events = events_of(models, r, keep_latents=latents, dump_conditioning=job.dump)
-    target = _Target(job.output, r.width, r.height, r.fps, describe(r, models.manifest))
+    width, height, fps = r.width or 0, r.height or 0, r.fps or 0.0  # never None: the request is planned
+    target = Target(job.output, width, height, fps, describe(r, models.manifest))
     rescue = f"mutoscope decode {shlex.quote(str(latents))} -o {shlex.quote(str(job.output))}"
     try:
-        result = _drive(events, target, display)
+        result = drive(events, target, display)
     except Cancelled as e:
-        kept = f"The latents so far are kept. To see them: {rescue}" if latents.exists() else "Nothing was kept."
+        kept = (
+            f"The latents so far are kept. To see them: {rescue}" if latents.exists() else "Nothing was kept."
+        )
         raise Cancelled(e.message, hint=kept) from None
     except BaseException as e:
         if latents.exists():
@@ -405,11 +385,11 @@ def _run(job: _Job, models: Models, display: Display, *, keep_latents: bool) -> 
     facts = {
         "event": "result",
         "output": job.output,
-        "size_bytes": _bytes(job.output),
-        "width": r.width,
-        "height": r.height,
+        "size_bytes": bytes_of(job.output),
+        "width": width,
+        "height": height,
         "frames": r.frames,
-        "fps": r.fps,
+        "fps": fps,
         "seed": r.seed,
         "model": models.manifest.name,
         "prompt": r.prompt,
@@ -419,48 +399,11 @@ def _run(job: _Job, models: Models, display: Display, *, keep_latents: bool) -> 
     return facts, result.seconds
 
 
-@dataclass(frozen=True)
-class _Target:
-    """The file to write."""
-
-    path: Path
-    width: int
-    height: int
-    fps: float
-    info: dict[str, Any]
-
-
-def _drive(events: Iterator[Event], target: _Target, display: Display) -> Result:
-    """Take events until the result, writing frames; stop between two of them if asked."""
-    from mutoscope.engine.pipeline import write
-
-    last: Event | None = None
-    with ExitStack() as stack:
-        stack.enter_context(display)
-        interrupt = stack.enter_context(
-            _Interrupt(lambda: display.note("Stopping after this step. Ctrl-C again stops at once."))
-        )
-        stack.enter_context(closing(events))  # type: ignore[type-var]
-        written = write(events, target.path, fps=target.fps, width=target.width, height=target.height,
-                        info=lambda: target.info)  # fmt: skip
-        stack.enter_context(closing(written))  # type: ignore[type-var]
-        step: Step | None = None
-        for event in written:
-            last = event
-            step = event if isinstance(event, Step) else step
-            display.show(event)
-            if interrupt.requested and not isinstance(event, Result):
-                where = f"after step {step.i} of {step.n}" if step else "before the first step"
-                raise Cancelled(f"Stopped {where}.")
-    assert isinstance(last, Result)
-    return last
-
-
 def _report(job: _Job, facts: dict[str, Any], took: float, manifest: ModelManifest) -> None:
     r = job.request
-    assert r.frames and r.fps
     say(str(job.output), style="bold")
-    length = "1 picture" if r.frames == 1 else f"{r.frames} frames, {r.frames / r.fps:.1f} s at {r.fps:g} fps"
+    frames, fps = facts["frames"], facts["fps"]
+    length = "1 picture" if frames == 1 else f"{frames} frames, {frames / fps:.1f} s at {fps:g} fps"
     say(f"  {r.width}x{r.height}, {length}, {size_text(facts['size_bytes'])}")
     say(f"  model {manifest.name}, seed {r.seed}, {r.steps} steps, made in {time_text(took)}")
     if facts["latents"]:
@@ -470,85 +413,9 @@ def _report(job: _Job, facts: dict[str, Any], took: float, manifest: ModelManife
 def _suggest(job: _Job, manifest: ModelManifest) -> None:
     """What to try next, by what was made."""
     if job.request.quality == "draft":
-        say(f"Next: the same at full quality with --seed {job.request.seed} and without --quality draft.")
+        say(f"Next: the same at full quality, with --seed {job.request.seed} and without --quality draft.")
     else:
         output = shlex.quote(str(job.output))
-        say(f"Next: another take, with another seed, by the same command; or go on from its end with --extend-start {output}")
+        say(f"Next: another take with another --seed, or go on from its end with --extend-start {output}")
     if manifest.name == POCKET:
         say("The starter knows plain shapes only. For real scenes: mutoscope models")
-
-
-def _bytes(path: Path) -> int:
-    """Size of a file, of the pictures of a folder, or of those that a pattern names."""
-    if path.is_dir():
-        return sum(p.stat().st_size for p in path.iterdir())
-    if "%" in path.name:
-        return 0
-    return path.stat().st_size
-
-
-# -- decode --------------------------------------------------------------------------------------------------
-
-
-def decode(
-    latents: Annotated[Path, typer.Argument(help="A file that generate left or kept.", show_default=False)],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="The video (default: the latents' name .mp4).", show_default=False
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Default: the one that made the latents.", show_default=False),
-    ] = None,
-    device: Device = None,
-    force: Force = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Turn latents into a video: after a stop, or when decoding or writing had failed."""
-    from mutoscope.engine import latents as storage
-
-    tensor, info = storage.load(latents)
-    name = model or info.get("model")
-    if not name:
-        raise RequestError(f"{latents} does not say which model made it.", hint="Name it with --model.")
-    manifest = find_model(str(name))
-    request = info.get("request", {})
-    fps = float(request.get("fps") or manifest.defaults.fps)
-    steps, done = request.get("steps"), info.get("steps_done")
-    made = {k: v for k, v in info.items() if k != "steps_done" or done != steps}
-    wanted = output or latents.with_name(latents.name.removesuffix(parse.LATENTS))
-    wanted = wanted if wanted.suffix else wanted.with_suffix(".mp4")
-    path = parse.output_paths(wanted, [""], force=force)[0]
-    from mutoscope.engine.pipeline import decode as frames_of
-    from mutoscope.engine.vae import SPATIAL_STRIDE
-    from mutoscope.media.write import output_format
-
-    output_format(path)
-    display = make_display(json=json_, quiet=quiet)
-    if path != wanted:
-        display.note(f"{wanted} exists and is kept; writing {path} (--force replaces).")
-    if done != steps:
-        display.note(f"These are from step {done} of {steps}: an unfinished picture.")
-    vae = _models(manifest, device).vae
-    if tensor.shape[1] != vae.config.z_dim:
-        raise MutoscopeError(
-            f"{latents} has {tensor.shape[1]} channels, the VAE of {manifest.name} {vae.config.z_dim}.",
-            hint="Name the model that made it with --model.",
-        )
-
-    def events() -> Iterator[Event]:
-        yield Stage(name="decode", seconds=0.0)
-        yield from frames_of(vae, tensor.to(vae.conv2.weight.device))
-        yield Result(seconds=0.0, info=made)
-
-    height, width = (n * SPATIAL_STRIDE for n in tensor.shape[3:])
-    _drive(events(), _Target(path, width, height, fps, made), display)
-    if json_:
-        say_json({"event": "result", "output": path, "size_bytes": _bytes(path), "width": width,
-                  "height": height, "fps": fps, "model": manifest.name})  # fmt: skip
-    else:
-        say(str(path), style="" if quiet else "bold")

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mutoscope.catalog import POCKET, default_models_dir, find_model, installed_models, known_models, parse_name
+from mutoscope.catalog import (
+    POCKET,
+    default_models_dir,
+    find_model,
+    installed_models,
+    known_models,
+    parse_name,
+)
 from mutoscope.cli.common import Debug, Json, console, say, say_json, size_text, time_text
 from mutoscope.errors import Cancelled, DownloadError, RequestError
 
@@ -52,7 +59,9 @@ def remove(
 
 
 def _installed() -> list[dict[str, Any]]:
-    rows = [{"name": POCKET, "title": find_model(POCKET).title, "folder": None, "problem": ""}]
+    rows: list[dict[str, Any]] = [
+        {"name": POCKET, "title": find_model(POCKET).title, "folder": None, "problem": ""}
+    ]
     for model in installed_models():
         title = model.manifest.title if model.manifest else ""
         rows.append({"name": model.name, "title": title, "folder": model.folder, "problem": model.problem})
@@ -157,7 +166,9 @@ def pull(
         planned, manifest = hub.pull(name, default_models_dir(), endpoint=endpoint, announce=announce,
                                      progress=meter, dry_run=dry_run)  # fmt: skip
     except KeyboardInterrupt:
-        raise Cancelled("Stopped. What was fetched is kept.", hint=f"Go on with: mutoscope pull {name}") from None
+        raise Cancelled(
+            "Stopped. What was fetched is kept.", hint=f"Go on with: mutoscope pull {name}"
+        ) from None
     except DownloadError as e:
         meter.close()
         raise e
@@ -166,7 +177,8 @@ def pull(
     if json_:
         say_json({"event": "result", "name": planned.model.name, "installed": manifest is not None})
     elif manifest is not None:
-        say(f"{manifest.name} is installed. Try it: mutoscope generate --model {manifest.name} \"a fox in the snow\"")
+        say(f"{manifest.name} is installed. Try it:")
+        say(f'mutoscope generate --model {manifest.name} "a fox runs through the snow"')
 
 
 def _plan_facts(planned: PullPlan) -> dict[str, Any]:
@@ -189,7 +201,8 @@ def _print_plan(planned: PullPlan) -> None:
     for file in planned.files:
         here = "here" if file.have_bytes == file.size_bytes else f"{size_text(file.have_bytes)} here"
         have = f", {here}" if file.have_bytes else ""
-        say(f"  {file.role.replace('_', ' '):<13} {size_text(file.size_bytes):>8}{have}  {file.repo}/{file.name}")
+        role, size = file.role.replace("_", " "), size_text(file.size_bytes)
+        say(f"  {role:<13} {size:>8}{have}  {file.repo}/{file.name}")
     say(f"Licence {model.licence}. From {planned.endpoint} to {default_models_dir()}.")
     say(f"{size_text(planned.missing_bytes)} to fetch, {size_text(planned.free_bytes)} free on the disk.")
     if model.notes:

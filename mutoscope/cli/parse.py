@@ -1,4 +1,4 @@
-"""What is typed on the command line, as values; and names for files. Pure but for looking whether a file exists."""
+"""What is typed on the command line, as values; and names for files. Only looks what exists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def size(text: str) -> tuple[int, int]:
     """832x480 to (832, 480)."""
     match = re.fullmatch(r"\s*(\d+)\s*[x×*]\s*(\d+)\s*", text, re.IGNORECASE)
     if not match:
-        raise RequestError(f"--size {text!r}: not a size.", hint="Expected width x height in pixels, like 832x480.")
+        raise RequestError(
+            f"--size {text!r}: not a size.", hint="Expected width x height in pixels, like 832x480."
+        )
     return int(match[1]), int(match[2])
 
 
@@ -26,20 +28,20 @@ def box(text: str) -> Box:
     """0.1,0.2,0.5,0.6 to four fractions."""
     numbers = _numbers(text)
     if numbers is None or len(numbers) != 4:
-        raise RequestError(f"--box {text!r}: not a box.",
-                           hint="Expected x0,y0,x1,y1 as fractions of the frame, like 0.1,0.2,0.5,0.6.")  # fmt: skip
+        hint = "Expected x0,y0,x1,y1 as fractions of the frame, like 0.1,0.2,0.5,0.6."
+        raise RequestError(f"--box {text!r}: not a box.", hint=hint)
     return numbers[0], numbers[1], numbers[2], numbers[3]
 
 
 def track(text: str) -> BoxTrack:
-    """"0:0,0,0.2,0.2 1:0.8,0,1,0.2" to a track of two points."""
+    """ "0:0,0,0.2,0.2 1:0.8,0,1,0.2" to a track of two points."""
     points = []
     for point in text.split():
         time, _, corners = point.partition(":")
         numbers = _numbers(f"{time},{corners}")
         if numbers is None or len(numbers) != 5:
-            raise RequestError(f"--track: {point!r} is not a point of a track.",
-                               hint='Expected time:x0,y0,x1,y1, all from 0 to 1, like "0:0,0,0.2,0.2 1:0.8,0,1,0.2".')  # fmt: skip
+            hint = 'Expected time:x0,y0,x1,y1, all from 0 to 1, like "0:0,0,0.2,0.2 1:0.8,0,1,0.2".'
+            raise RequestError(f"--track: {point!r} is not a point of a track.", hint=hint)
         points.append((numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]))
     return BoxTrack(points=tuple(points))
 
@@ -48,8 +50,8 @@ def keyframe(text: str) -> Keyframe:
     """8=picture.png to a keyframe."""
     index, _, path = text.partition("=")
     if not re.fullmatch(r"-?\d+", index.strip()) or not path:
-        raise RequestError(f"--keyframe {text!r}: not a keyframe.",
-                           hint="Expected the frame's number and a picture, like 8=middle.png; -1 is the last frame.")  # fmt: skip
+        hint = "Expected the frame's number and a picture, like 8=middle.png; -1 is the last frame."
+        raise RequestError(f"--keyframe {text!r}: not a keyframe.", hint=hint)
     return Keyframe(image=path, index=int(index))
 
 
@@ -71,7 +73,9 @@ def prompts(path: Path) -> list[str]:
     try:
         text = path.read_text("utf-8-sig")
     except FileNotFoundError:
-        raise FileError(f"{path}: no such file.", hint="Expected a text file with one prompt a line.") from None
+        raise FileError(
+            f"{path}: no such file.", hint="Expected a text file with one prompt a line."
+        ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise FileError(f"{path}: is not a readable text file ({e}).", hint="Save it as UTF-8.") from e
     lines = [line.strip() for line in text.splitlines()]
@@ -93,7 +97,7 @@ def slug(prompt: str) -> str:
 
 
 def output_paths(output: Path | None, texts: Sequence[str], *, force: bool) -> list[Path]:
-    """Where the videos of these prompts go: numbered if there are several, and, without `force`, not in use."""
+    """Where the videos of these prompts go: numbered if there are several; without `force`, free names."""
     paths = []
     digits = max(2, len(str(len(texts))))
     for n, text in enumerate(texts, 1):
@@ -109,21 +113,30 @@ def output_paths(output: Path | None, texts: Sequence[str], *, force: bool) -> l
 def free(path: Path) -> Path:
     """The path, or the next one with a number that does not exist. Of a picture pattern any match counts."""
 
-    def taken(path: Path) -> bool:
-        if "%" in path.name:
-            return any(path.parent.glob(re.sub(r"%0?\d*d", "*", path.name)))
-        return path.exists()
-
     candidate, n = path, 1
-    while taken(candidate):
+    while existing(candidate):
         n += 1
         candidate = path.with_name(f"{path.stem}-{n}{path.suffix}")
     return candidate
 
 
+def existing(path: Path) -> list[Path]:
+    """The file, or those that match a picture pattern like frame-%04d.png."""
+    if "%" in path.name:
+        return list(path.parent.glob(re.sub(r"%0?\d*d", "*", path.name)))
+    return [path] if path.exists() else []
+
+
 def latents_path(output: Path) -> Path:
     """Beside the output; latents that an earlier run left there are kept."""
     return free(output.with_name(output.name.replace("%", "") + LATENTS))
+
+
+def decoded_path(latents: Path) -> Path:
+    """The output that latents were made for, from their name."""
+    name = re.sub(r"(\.latents(-\d+)?)?\.safetensors$", "", latents.name)
+    path = latents.with_name(name)
+    return path if path.suffix else path.with_name(name + ".mp4")
 
 
 def unknown_words(prompt: str, vocabulary: Sequence[str]) -> list[str]:

@@ -60,7 +60,6 @@ class Bar(Display):
             expand=True,
         )
         self.task: TaskID | None = None
-        self.steps = 0
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -70,6 +69,9 @@ class Bar(Display):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+            self.task = None
 
     def show(self, event: Event) -> None:
         if isinstance(event, Stage):
@@ -100,7 +102,9 @@ class Lines(Display):
         now = time.monotonic()
         if isinstance(event, Stage):
             self.note(STAGES[event.name])
-        elif isinstance(event, Step) and (event.i == 1 or event.i == event.n or now - self.last >= LINE_EVERY_S):
+        elif isinstance(event, Step) and (
+            event.i == 1 or event.i == event.n or now - self.last >= LINE_EVERY_S
+        ):
             self.note(f"  step {event.i}/{event.n}, {time_text(event.eta_seconds)} left")
         else:
             return
