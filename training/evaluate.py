@@ -28,6 +28,7 @@ from training.detect import Detection, detect
 
 SEED = 20261120
 FIRST_FRAME_DB = 22.0
+MARKS = ("<!-- evaluation: written by training/evaluate.py -->", "<!-- end of evaluation -->")
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,12 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def with_table(page: str, rows: str) -> str:
+    """The page with its evaluation table replaced, which stands between two marks."""
+    before, rest = page.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n\n{rows}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -151,6 +158,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sheet", type=Path, help="PNG of some of the clips")
+    parser.add_argument("--write", type=Path, nargs="*", default=[], help="pages whose table is replaced")
     parser.add_argument("--threads", type=int)
     a = parser.parse_args()
     if a.threads:
@@ -159,6 +167,8 @@ def main() -> None:
     rows = evaluate(Engine(a.model), a.prompts, sheet=a.sheet)
     if a.json:
         a.json.write_text(json.dumps({"seed": SEED, "prompts": a.prompts, "rows": rows}, indent=1) + "\n")
+    for page in a.write:
+        page.write_text(with_table(page.read_text(), table(rows)))
     print(table(rows))
     print(f"{time.time() - start:.0f} s")
 

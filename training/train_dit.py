@@ -79,7 +79,7 @@ class Examples:
     def __init__(self, root: Path, kind: str, code: pca.LinearCode, tokenizer: Tokenizer, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.code = code
-        self.shards = data.shards(root, kind)
+        self.shards = data.shards(root, kind, in_memory=kind == "clips")  # VACE tasks pick frames at random
         latents, ids, classes, masks = [], [], [], []
         for shard in self.shards:
             for start in range(0, len(shard.frames), 256):
@@ -121,9 +121,6 @@ class Examples:
         kept, made = self.code.encode(video * (1 - mask)), self.code.encode(torch.zeros_like(video))
         cells = mask[:, 0].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
         cells = F.interpolate(cells, size=kept.shape[2:], mode="nearest-exact")
-        # What is to be made is shown gray (a repaint hides it), or, one time in three, as it was (official inpainting).
-        if self.rng.random() < 0.33:
-            made = self.code.encode(video * mask)
         return torch.cat((kept, made, cells), dim=1)
 
 
@@ -174,7 +171,7 @@ def loss_of(
 ) -> tuple[Tensor, dict[str, float]]:
     """Flow matching; cells of objects count more once the noise is low enough to know where they are."""
     x0, n = batch["x"], len(batch["x"])
-    t = torch.sigmoid(torch.randn(n))
+    t = torch.sigmoid(torch.randn(n, device=x0.device))
     t = SHIFT * t / (1 + (SHIFT - 1) * t)
     noise = torch.randn_like(x0)
     t5 = t.view(-1, 1, 1, 1, 1)
@@ -187,7 +184,7 @@ def loss_of(
     flow = (error * weight).mean()
     report = {"flow": float(error.detach().mean())}
     if aux:
-        real = torch.arange(rows.shape[1]) < batch["lengths"][:, None]
+        real = torch.arange(rows.shape[1], device=rows.device) < batch["lengths"][:, None]
         pooled = (rows * real[..., None]).sum(1) / batch["lengths"][:, None]
         keep = ~batch["dropped"]
         logits = [head(pooled[keep]).float() for head in model.heads.values()]
@@ -215,12 +212,14 @@ def train(stage: str, a: argparse.Namespace) -> None:
     code = pca.LinearCode.load(runs / "code.pt")
     examples = Examples(a.data, "images" if stage == "images" else "clips", code, tokenizer, int(time.time()))
     pictures = Examples(a.data, "images", code, tokenizer, int(time.time()) + 1) if a.pictures else None
+    device = torch.device(a.device)
     model = Starter()
     if a.out.exists():
         saved = torch.load(a.out, weights_only=True)
         model.load_state_dict(saved["weights"])
         if stage == "vace" and not saved["vace"]:
             model.start_vace()
+    model.to(device)
     muon, adam = optim.split(
         [model],
         adam_names=("token_embd", "rel_b", "modulation", "patch_embedding", "head", "time_embedding.0"),
@@ -232,7 +231,9 @@ def train(stage: str, a: argparse.Namespace) -> None:
     rates = [group["lr"] for o in optimisers for group in o.param_groups]
     ema = optim.EMA(model, a.ema)
     size = examples.latents.shape[2:]
-    ropes = {f: rope_table((f, size[1] // 2, size[2] // 2), DIT.head_dim) for f in {1, size[0]}}
+    ropes = {
+        f: rope_table((f, size[1] // 2, size[2] // 2), DIT.head_dim, device=device) for f in {1, size[0]}
+    }
     if a.compile:
         for layer in (*model.dit.blocks, *model.dit.vace_blocks, *model.text.enc.blk):
             layer.compile(dynamic=False)
@@ -244,7 +245,9 @@ def train(stage: str, a: argparse.Namespace) -> None:
         source = pictures if pictures is not None and step % 4 == 3 else examples
         batch = source.next(a.batch * (4 if source is pictures else 1))
         context = examples.vace_context(batch) if stage == "vace" and source is examples else None
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        context = None if context is None else context.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             loss, report = loss_of(
                 model, batch, context, ropes[batch["x"].shape[2]], 0.1 if stage == "images" else 0.03
             )
@@ -287,6 +290,7 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--pictures", action="store_true", help="every fourth batch is of pictures")
     parser.add_argument("--compile", action="store_true", help="torch.compile, worth it for long runs")
     a = parser.parse_args()
