@@ -81,6 +81,19 @@ class Conditioning:
     compose: Conditioning | None = None
     strength: float = 1.0
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is given to follow: the prompt alone speaks."""
+        clips = (self.video, self.mask, self.outpaint, self.extend_start, self.extend_end)
+        several = (self.keyframes, self.boxes, self.references, self.tracks)
+        rest_is_empty = self.compose is None or self.compose.is_empty
+        return rest_is_empty and all(c is None for c in clips) and not any(several)
+
+    @property
+    def n_references(self) -> int:
+        """How many reference pictures there are, those of `compose` included."""
+        return len(self.references) + (self.compose.n_references if self.compose else 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:

@@ -61,7 +61,7 @@ def drive(events: Iterator[Event], target: Target, display: Display) -> Result:
         )
         stack.enter_context(closing(events))  # type: ignore[type-var]
         written = write(events, target.path, fps=target.fps, width=target.width, height=target.height,
-                        info=lambda: target.info)  # fmt: skip
+                        info=target.info)  # fmt: skip
         stack.enter_context(closing(written))  # type: ignore[type-var]
         for event in written:
             display.show(event)

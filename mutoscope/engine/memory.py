@@ -30,17 +30,21 @@ VAE_WORK_BYTES_PER_PIXEL = 96
 CLIP_BYTES_PER_PIXEL = 6
 """Three channels at 16 bits: a clip in tiles is put together in memory (see `tiling`)."""
 
+CONDITIONING_BYTES_PER_PIXEL = 7
+"""Three channels of frames at 16 bits and one of mask at 8 (see `conditioning`)."""
+
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes at the peak of each stage, runtime included."""
+    """Bytes at the peak of each stage, runtime included. `encode` is that of the conditioning."""
 
+    encode: int
     denoise: int
     decode: int
 
     @property
     def peak(self) -> int:
-        return max(self.denoise, self.decode)
+        return max(self.encode, self.denoise, self.decode)
 
 
 def n_tokens(width: int, height: int, frames: int, n_references: int = 0) -> int:
@@ -63,7 +67,12 @@ def estimate(config: WanConfig, width: int, height: int, frames: int, *, n_refer
     vae = vae_base_dim * tile * (VAE_STATE_BYTES_PER_PIXEL + VAE_WORK_BYTES_PER_PIXEL)
     if tile < width * height:
         vae += CLIP_BYTES_PER_PIXEL * width * height * frames
-    return Need(denoise=RUNTIME_BYTES + batch * tokens * per_token + unpacked_weight + text, decode=RUNTIME_BYTES + vae)
+    shown = CONDITIONING_BYTES_PER_PIXEL * width * height * frames
+    return Need(
+        encode=RUNTIME_BYTES + (shown + vae if config.vace_layers else 0),
+        denoise=RUNTIME_BYTES + batch * tokens * per_token + unpacked_weight + text,
+        decode=RUNTIME_BYTES + vae,
+    )
 
 
 def available(device: torch.device) -> int:
@@ -73,15 +82,24 @@ def available(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check(config: WanConfig, request: GenerationRequest, n_references: int, device: torch.device) -> None:
-    """Raise ResourceError before any work if the clip cannot fit."""
-    assert request.width and request.height and request.frames
-    need = estimate(config, request.width, request.height, request.frames, n_references=n_references,
-                    guided=request.guidance != 1.0)  # fmt: skip
-    have = available(device)
-    if need.peak > have:
+def check(
+    config: WanConfig, request: GenerationRequest, device: torch.device, *, vae_base_dim: int = 96
+) -> None:
+    """Raise ResourceError before any work if the clip cannot fit. The runtime is there already."""
+    assert request.width is not None and request.height is not None and request.frames is not None  # noqa: PT018
+    need = estimate(
+        config,
+        request.width,
+        request.height,
+        request.frames,
+        n_references=request.conditioning.n_references,
+        guided=request.guidance != 1.0,
+        vae_base_dim=vae_base_dim,
+    )
+    more, have = need.peak - RUNTIME_BYTES, available(device)
+    if more > have:
         raise ResourceError(
-            f"{request.width}x{request.height} with {request.frames} frames needs about {need.peak / 1e9:.1f} GB "
+            f"{request.width}x{request.height} with {request.frames} frames needs about {more / 1e9:.1f} GB "
             f"of memory, {have / 1e9:.1f} GB are free on {device}.",
             hint="Ask for a smaller size or fewer frames, or close other programs.",
         )

@@ -11,9 +11,10 @@ The caller drives: between two events nothing runs, so stopping is closing the g
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE
 from mutoscope.engine.wan import TextContext, WanModel, rope_table
 from mutoscope.errors import RequestError
 from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
-from mutoscope.manifest import ModelManifest
+from mutoscope.manifest import ModelManifest, suggest
 from mutoscope.media.write import VideoWriter
 from mutoscope.planning import describe, plan
 from mutoscope.request import Conditioning, FramesHWC, GenerationRequest
@@ -41,9 +42,11 @@ PREVIEW_STEPS = 5
 
 
 class Models:
-    """The three networks of a model set, opened when first needed and kept. Weights stay in their memory-mapped files."""
+    """The three networks of a model set, opened when first needed and kept. Weights stay in their mapped files."""
 
-    def __init__(self, manifest: ModelManifest, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, manifest: ModelManifest, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
         self.manifest = manifest
         self.device = torch.device(device)
         self.dtype = dtype
@@ -87,55 +90,55 @@ def generate(
 ) -> Iterator[Event]:
     """Make one video: yields stages, steps, previews, finished frames, and the result.
 
-    keep_latents: a file for the latents, written before decoding, and also, as far as they are, when the generator
-    is closed in the middle of denoising. dump_conditioning: a folder for what the model is shown.
+    keep_latents: a file for the latents, written before decoding; when the generator is closed or fails in the middle
+    of denoising, it holds the latest guess of the finished ones.
+    dump_conditioning: a folder for what the model is shown.
 
     Raises:
         RequestError, MediaError: before any work. ResourceError: if memory cannot suffice.
     """
     clock = _Clock()
     request = plan(request, models.manifest)
+    info = describe(request, models.manifest)
 
     yield Stage(name="load", seconds=clock.seconds)
-    _check_wiring(request, models)
-    memory.check(models.dit.config, request, len(request.conditioning.references), models.device)
+    _check_models(models, request)
 
     yield Stage(name="text", seconds=clock.seconds)
     text = _text_context(models, request)
 
     yield Stage(name="conditioning", seconds=clock.seconds)
-    prepared = conditioning.prepare(request.conditioning, request.width, request.height, request.frames)
-    if dump_conditioning is not None:
-        conditioning.dump(prepared, dump_conditioning, request.fps)
-    n_references = len(prepared.references)
-    vace = _vace_tokens(models, prepared) if models.dit.config.vace_layers else None
+    vace = _vace_tokens(models, request, dump_conditioning)
 
     yield Stage(name="denoise", seconds=clock.seconds)
+    n_references = request.conditioning.n_references
+    shape = latents.shape(models.dit.config.out_dim, request, n_references)
     sigmas = sampler.schedule(request.sampler, request.steps, request.shift)
-    velocity = _velocity(models.dit, request, text, vace, [sampler.timestep(request.sampler, s) for s in sigmas[:-1]])
+    velocity = _velocity(models.dit, request, text, vace, shape, sigmas)
     solver = sampler.make_solver(request.sampler, sigmas)
-    x = sampler.noise(latents.shape(models.dit.config.out_dim, request, n_references), request.seed).to(models.device)
-    state, clean, done = solver.start(), x, 0
-    clock.start_steps()
+    x, state = sampler.noise(shape, request.seed).to(models.device), solver.start()
+    done, latest = 0, x
     try:
         for i in range(request.steps):
+            clock.start_step()
             v = velocity(x, i)
             clean = x - sigmas[i] * v
             x, state = solver.step(x, v, i, state)
-            done = i + 1
-            seconds, eta = clock.step(request.steps - done)
+            done, latest = i + 1, clean[:, :, n_references:]
+            seconds, eta = clock.end_step(request.steps - done)
             yield Step(i=done, n=request.steps, seconds=seconds, eta_seconds=eta)
             if done % PREVIEW_STEPS == 0 and done < request.steps:
-                yield Preview(frames=latents.preview(clean[:, :, n_references:], models.vae.config.rgb))
+                yield Preview(frames=latents.preview(latest, models.vae.config.rgb))
     finally:
+        if done == request.steps:
+            latest = x[:, :, n_references:]
         if keep_latents is not None and done:
-            finished = x if done == request.steps else clean
-            info = describe(request, models.manifest)
-            latents.save(keep_latents, finished[:, :, n_references:], {**info, "steps_done": done})
+            latents.save(keep_latents, latest, {**info, "steps_done": done})
 
+    del text, vace, velocity  # large, and decoding needs the memory
     yield Stage(name="decode", seconds=clock.seconds)
-    yield from decode(models.vae, x[:, :, n_references:])
-    yield Result(seconds=clock.seconds, info=describe(request, models.manifest), latents=keep_latents)
+    yield from decode(models.vae, latest)
+    yield Result(seconds=clock.seconds, info=info, latents=keep_latents)
 
 
 @torch.inference_mode()
@@ -146,41 +149,46 @@ def decode(vae: WanVAE, latents_BZFHW: Tensor) -> Iterator[Frames]:
     chunks = tiling.decode_tiled(vae, latents_BZFHW) if large else vae.decode_stream(latents_BZFHW)
     done = 0
     for chunk in chunks:
-        pixels = chunk[0].permute(1, 2, 3, 0).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        pixels = (
+            chunk[0].permute(1, 2, 3, 0).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        )
         done += len(pixels)
         yield Frames(frames=pixels, done=done, of=total)
 
 
-def write(events: Iterator[Event], path: Path, *, fps: float, width: int, height: int, info: Callable[[], dict[str, Any]]) -> Iterator[Event]:
-    """Pass events on, writing their frames to `path`, which appears complete or not at all.
+def write(
+    events: Iterator[Event], path: Path, *, fps: float, width: int, height: int, info: Mapping[str, Any]
+) -> Iterator[Event]:
+    """Pass events on, writing their frames to `path`, which appears complete, before the result, or not at all.
 
-    The encoder needs the metadata first, so `info` is asked for when the first frame arrives.
+    `info` is embedded (see `planning.describe`). The writer is opened for the first frame, so a failure before
+    leaves no trace.
     """
     writer: VideoWriter | None = None
     try:
         for event in events:
             if isinstance(event, Frames):
                 if writer is None:
-                    writer = VideoWriter(path, width=width, height=height, fps=fps, metadata=info())
+                    writer = VideoWriter(path, width=width, height=height, fps=fps, metadata=info)
                 for frame in event.frames:
                     writer.write(frame)
             if isinstance(event, Result) and writer is not None:
                 writer.close()
-                writer = None
             yield event
     finally:
         if writer is not None:
-            writer.abort()
+            writer.abort()  # does nothing once closed
 
 
-def _check_wiring(request: GenerationRequest, models: Models) -> None:
-    """Things that only the networks together can tell."""
-    needs_vace = request.conditioning != Conditioning()
-    if needs_vace and not models.dit.config.vace_layers:
+def _check_models(models: Models, request: GenerationRequest) -> None:
+    """Opens the networks, and checks what only they can tell."""
+    config = models.dit.config
+    if not config.vace_layers and not request.conditioning.is_empty:
         raise RequestError(
             f"{models.manifest.name} follows text only, but the request has pictures, clips, masks or tracks.",
             hint="Choose a VACE model.",
         )
+    memory.check(config, request, models.device, vae_base_dim=models.vae.config.base_dim)
 
 
 def _text_context(models: Models, request: GenerationRequest) -> TextContext:
@@ -192,34 +200,45 @@ def _text_context(models: Models, request: GenerationRequest) -> TextContext:
     return models.dit.text_context(padded, lengths)
 
 
-def _vace_tokens(models: Models, prepared: conditioning.Prepared) -> Tensor:
-    vae = models.vae
-    large = max(prepared.mask.shape[1:]) > tiling.TILE_PX
+def _vace_tokens(models: Models, request: GenerationRequest, dump: Path | None) -> Tensor | None:
+    """The side input of the VACE branch; None where there is no branch, or its strength is zero."""
+    size = (request.width, request.height)
+    prepared = conditioning.prepare(request.conditioning, *size, request.frames, request.fps)
+    if dump is not None:
+        conditioning.dump(prepared, dump, request.fps)
+    if not models.dit.config.vace_layers or request.conditioning.strength == 0:
+        return None
 
     def encode(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-        return tiling.encode_tiled(vae, chunks) if large else vae.encode_stream(chunks)
+        large = max(size) > tiling.TILE_PX
+        return tiling.encode_tiled(models.vae, chunks) if large else models.vae.encode_stream(chunks)
 
     return models.dit.vace_tokens(conditioning.vace_context(prepared, encode, models.device))
 
 
-def _velocity(dit: WanModel, request: GenerationRequest, text: TextContext, vace: Tensor | None, timesteps: Sequence[float]) -> Callable[[Tensor, int], Tensor]:
+def _velocity(
+    dit: WanModel,
+    request: GenerationRequest,
+    text: TextContext,
+    vace: Tensor | None,
+    shape: Sequence[int],
+    sigmas: Sequence[float],
+) -> Callable[[Tensor, int], Tensor]:
     """The guided velocity at step i. All that does not depend on x is made here, once."""
-    modulation = dit.time_modulation(torch.tensor(timesteps, device=text.keys[0].device))
-    guided = request.guidance != 1.0
-    tables: dict[tuple[int, ...], Tensor] = {}
+    device = text.keys[0].device
+    grid = (shape[2], shape[3] // 2, shape[4] // 2)
+    rope = rope_table(grid, dit.config.head_dim, device=device)
+    timesteps = [sampler.timestep(request.sampler, sigma) for sigma in sigmas[:-1]]
+    modulation = dit.time_modulation(torch.tensor(timesteps, device=device))
 
     def one(x: Tensor, i: int, context: TextContext) -> Tensor:
-        grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
-        if grid not in tables:
-            tables[grid] = rope_table(grid, dit.config.head_dim, device=x.device)
         side = vace.expand(x.shape[0], -1, -1) if vace is not None else None
-        time = modulation.at(i)
-        return dit(x, time, context, tables[grid], side, request.conditioning.strength)
+        return dit(x, modulation.at(i), context, rope, side, request.conditioning.strength)
 
     def velocity(x: Tensor, i: int) -> Tensor:
-        if not guided:
+        if request.guidance == 1.0:
             return one(x, i, text)
-        if x[0, 0].numel() // 4 <= memory.BATCHED_GUIDANCE_TOKENS:
+        if math.prod(grid) <= memory.BATCHED_GUIDANCE_TOKENS:
             cond, uncond = one(x.expand(2, -1, -1, -1, -1), i, text).chunk(2)
         else:
             cond, uncond = (one(x, i, text.slice(b, b + 1)) for b in range(2))
@@ -229,27 +248,25 @@ def _velocity(dit: WanModel, request: GenerationRequest, text: TextContext, vace
 
 
 class _Clock:
-    """Time since the start, and what the remaining steps should take."""
+    """Time since the start, and what the remaining steps should take. What happens between steps does not count."""
 
     DECODE_STEPS = 1.0  # decoding costs about a step; close enough for an ETA
 
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+        self.start = self.step_start = now()
         self.steps: list[float] = []
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.start
+        return self.now() - self.start
 
-    def start_steps(self) -> None:
-        """What came before is not part of the first step."""
-        self.last = time.perf_counter()
+    def start_step(self) -> None:
+        self.step_start = self.now()
 
-    def step(self, remaining: int) -> tuple[float, float]:
+    def end_step(self, remaining: int) -> tuple[float, float]:
         """Seconds of the step that just ended, and of all that is left."""
-        now = time.perf_counter()
-        self.steps.append(now - self.last)
-        self.last = now
+        self.steps.append(self.now() - self.step_start)
         return self.steps[-1], statistics.median(self.steps[-5:]) * (remaining + self.DECODE_STEPS)
 
 
@@ -277,7 +294,9 @@ class Engine:
     None takes a GPU if there is one.
     """
 
-    def __init__(self, model: str | Path = "pocket", *, device: str | None = None, models_dir: Path | None = None) -> None:
+    def __init__(
+        self, model: str | Path = "pocket", *, device: str | None = None, models_dir: Path | None = None
+    ) -> None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.models = Models(find_model(model, models_dir), device)
 
@@ -295,15 +314,18 @@ class Engine:
         Raises TypeError for an option that does not exist, and what `generate` raises.
         """
         request = self.plan(build_request(prompt, **options))
-        frames: list[FramesHWC] = []
+        assert request.fps is not None
+        frames: FramesHWC | None = None
         info: dict[str, Any] = {}
         for event in self.events(request):
             if isinstance(event, Frames):
-                frames.append(event.frames)
+                if frames is None:
+                    frames = np.empty((event.of, *event.frames.shape[1:]), np.uint8)
+                frames[event.done - len(event.frames) : event.done] = event.frames
             elif isinstance(event, Result):
                 info = event.info
-        assert request.fps is not None
-        return Video(np.concatenate(frames), request.fps, info)
+        assert frames is not None
+        return Video(frames, request.fps, info)
 
 
 def build_request(prompt: str, **options: Any) -> GenerationRequest:
@@ -312,13 +334,13 @@ def build_request(prompt: str, **options: Any) -> GenerationRequest:
     shown = {f.name for f in fields(Conditioning)}
     unknown = options.keys() - names - shown
     if unknown:
-        from mutoscope.manifest import suggest
-
         name = sorted(unknown)[0]
         raise TypeError(f"unknown option {name!r}. {suggest(name, sorted(names | shown))}")
     given = {k: v for k, v in options.items() if k in shown}
     if given:
         if "conditioning" in options:
-            raise TypeError(f"both conditioning= and {sorted(given)[0]}= were given; put it into the conditioning")
+            raise TypeError(
+                f"both conditioning= and {sorted(given)[0]}= were given; put it into the conditioning"
+            )
         options = {k: v for k, v in options.items() if k in names} | {"conditioning": Conditioning(**given)}
     return GenerationRequest(prompt=prompt, **options)
