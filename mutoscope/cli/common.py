@@ -143,5 +143,6 @@ def _as_ours(error: BaseException) -> MutoscopeError | None:
 
 
 def _sentence(text: str) -> str:
-    text = text.strip()
-    return text[:1].upper() + text[1:] if text[:2].islower() and "/" not in text.split()[0] else text
+    """With a capital, unless it begins with a file's name or the like."""
+    first = text.split(maxsplit=1)[0] if text.strip() else ""
+    return text[:1].upper() + text[1:] if first.isalpha() else text

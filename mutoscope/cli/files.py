@@ -68,8 +68,6 @@ def _print_latents(file: Path, info: dict[str, Any], *, json_: bool) -> None:
         return
     say(f"{file.name}: latents of shape {info['shape']}", style="bold")
     _print_making(info)
-    if "steps_done" in info:
-        say(f"  {'done':<10} step {info['steps_done']} of {info.get('request', {}).get('steps')}")
     say(f"To see them: mutoscope decode {file}")
 
 
@@ -111,6 +109,7 @@ def _inspect_media(file: Path, *, json_: bool) -> None:
 
 def _print_making(info: dict[str, Any]) -> None:
     request = info.get("request", {})
+    unfinished = info.get("steps_done", request.get("steps")) != request.get("steps")
     settings = ("steps", "guidance", "shift", "sampler", "quality")
     rows = {
         "prompt": request.get("prompt"),
@@ -120,6 +119,7 @@ def _print_making(info: dict[str, Any]) -> None:
         "settings": ", ".join(f"{k} {request[k]}" for k in settings if k in request),
         "followed": ", ".join(request.get("conditioning", {})),
         "version": info.get("version"),
+        "finished": f"no, step {info['steps_done']} of {request.get('steps')}" if unfinished else "",
     }
     for name, value in rows.items():
         if value not in (None, ""):
@@ -142,7 +142,9 @@ def quantize(
     from rich.progress import Progress
 
     if target.exists() and not force:
-        raise RequestError(f"{target} exists.", hint="Choose another name, or --force to replace it.")
+        raise RequestError(
+            f"The file {target} exists.", hint="Choose another name, or --force to replace it."
+        )
     if not target.parent.is_dir():
         raise FileError(f"{target}: the folder {target.parent} does not exist.", hint="Create it first.")
     if not source.is_file():

@@ -349,10 +349,8 @@ def _advise(jobs: list[_Job], manifest: ModelManifest, asked: Path | None, displ
     )
     if unknown:
         words = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
-        kind = "word" if len(unknown) == 1 else "words"
-        display.note(
-            f"The model {manifest.name} does not know the {kind} {words}: it was not trained on them."
-        )
+        these = "a word" if len(unknown) == 1 else "words"
+        display.note(f"The model {manifest.name} was not trained on {these} of this prompt: {words}")
 
 
 # -- running -------------------------------------------------------------------------------------------------

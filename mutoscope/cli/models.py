@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mutoscope.hub import Progress, PullPlan
     from mutoscope.machine import Memory
 
+MIN_TABLE_WIDTH = 56
+"""On a narrower terminal lines wrap: better than names cut short."""
+
 app = typer.Typer(help="List models, or remove one.", pretty_exceptions_enable=False)
 
 
@@ -96,17 +99,20 @@ def _print_known(have: Memory, *, all_: bool) -> None:
     rows = _known(have)
     colours = {"yes": "green", "tight": "yellow", "no": "red"}
     say("To pull", style="bold")
-    table = _table("name", "download", "memory", "fits", "" if all_ else "other quants")
+    out = console()
+    roomy = out.width >= 72 and not all_
+    table = _table("name", "download", "memory", "fits", *(("other quants",) if roomy else ()))
     for row in rows:
         if not (all_ or row["default"]):
             continue
         family, _, quant = row["name"].partition(":")
         quants = (r["name"].partition(":")[2] for r in rows if r["name"].startswith(family + ":"))
-        others = "" if all_ else " ".join(q for q in quants if q != quant)
+        others = [" ".join(q for q in quants if q != quant)] if roomy else []
         fits = f"[{colours[row['fits']]}]{row['fits']}[/]"
         sizes = size_text(row["download_bytes"]), size_text(row["memory_bytes"])
-        table.add_row(row["name"], *sizes, fits, others)
-    console().print(table)
+        table.add_row(row["name"], *sizes, fits, *others)
+    out.width = max(out.width, MIN_TABLE_WIDTH)
+    out.print(table)
     say(
         f"\nmemory: estimated need for 81 frames at 832x480; {size_text(have.available_bytes)} of "
         f"{size_text(have.total_bytes)} are free{'' if have.where == 'memory' else ' on ' + have.where}. "
