@@ -12,6 +12,7 @@ from typing import Any
 from mutoscope import __version__
 from mutoscope.errors import MediaError, RequestError
 from mutoscope.manifest import ModelManifest
+from mutoscope.media.frames import check_frames
 from mutoscope.media.read import probe
 from mutoscope.request import Box, Clip, Conditioning, GenerationRequest, Keyframe, Outpaint, Picture
 
@@ -36,10 +37,13 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
     if not request.prompt.strip():
         raise RequestError("The prompt is empty.", hint="Say what the video should show.")
     if len(request.prompt) > MAX_PROMPT_CHARACTERS:
-        raise RequestError(f"The prompt has {len(request.prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are taken.")
+        raise RequestError(
+            f"The prompt has {len(request.prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are taken."
+        )
     if (request.width is None) != (request.height is None):
         raise RequestError("Only one of width and height was given.", hint="Give both, or neither.")
-    width, height = request.width or d.width, request.height or d.height
+    width = d.width if request.width is None else request.width
+    height = d.height if request.height is None else request.height
     _check_size(width, height, manifest)
     frames = request.frames if request.frames is not None else _default_frames(request, manifest)
     _check_frames(frames, limits.max_frames, manifest.name)
@@ -49,6 +53,7 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
         close = difflib.get_close_matches(sampler, SAMPLER_NAMES, n=1, cutoff=0.3)
         raise RequestError(f"Sampler {sampler!r} is unknown; known: {', '.join(SAMPLER_NAMES)}.",
                            hint=f"Did you mean {close[0]!r}?" if close else "")  # fmt: skip
+    _choice("quality", request.quality, ("draft", "standard"))
     steps = request.steps
     if steps is None:
         steps = max(4, math.ceil(d.steps * DRAFT_SHARE)) if request.quality == "draft" else d.steps
@@ -99,6 +104,11 @@ def _number(name: str, value: float | None, default: float, low: float, high: fl
     return float(value)
 
 
+def _choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RequestError(f"{name} = {value!r}, expected {' or '.join(map(repr, known))}.")
+
+
 def _check_size(width: int, height: int, manifest: ModelManifest) -> None:
     multiple = manifest.limits.size_multiple
     if width % multiple or height % multiple or not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
@@ -138,8 +148,12 @@ def check_conditioning(c: Conditioning, n_frames: int) -> None:
     """Raise if the parts contradict each other, do not fit a video of `n_frames`, or name files that are not there."""
     _refuse_contradictions(c)
     _number("strength", c.strength, 1.0, 0.0, 10.0)
+    seen: set[int] = set()
     for keyframe in c.keyframes:
-        keyframe_index(keyframe, n_frames)
+        index = keyframe_index(keyframe, n_frames)
+        if index in seen:
+            raise RequestError(f"Frame {index} has two keyframes.", hint="Give one picture for each frame.")
+        seen.add(index)
         _check_picture(keyframe.image)
     for reference in c.references:
         _check_picture(reference)
@@ -147,7 +161,9 @@ def check_conditioning(c: Conditioning, n_frames: int) -> None:
         check_box(box)
     for track in c.tracks:
         if not track.points:
-            raise RequestError("A box track without points.", hint="Give at least one (time, x0, y0, x1, y1).")
+            raise RequestError(
+                "A box track without points.", hint="Give at least one (time, x0, y0, x1, y1)."
+            )
         for time, *corners in track.points:
             _number("the time of a box track's point", time, 0.0, 0.0, 1.0)
             check_box((corners[0], corners[1], corners[2], corners[3]))
@@ -160,10 +176,13 @@ def check_conditioning(c: Conditioning, n_frames: int) -> None:
         if clip is not None:
             extension_frames(n_frames)
             _available(clip)
-    if c.mask is not None and isinstance(c.mask, (str, Path)):
-        probe(c.mask)
+    if c.mask is not None and c.video is not None:
+        _check_mask(c.mask, c.video)
     if c.compose is not None:
         check_conditioning(c.compose, n_frames)
+        if c.compose.strength != 1.0:
+            raise RequestError("A strength was given inside of `compose`; there is one for the whole.",
+                               hint="Give it to the outer conditioning.")  # fmt: skip
 
 
 def keyframe_index(keyframe: Keyframe, n_frames: int) -> int:
@@ -179,20 +198,26 @@ def extension_frames(n_frames: int) -> int:
     """How many frames of a clip to extend are kept at most: half of the video."""
     most = (n_frames - 1) // 2
     if most < 1:
-        raise RequestError(f"A video of {n_frames} frame cannot extend a clip.", hint="Ask for 5 frames or more.")
+        raise RequestError(
+            f"A video of {n_frames} frame cannot extend a clip.", hint="Ask for 5 frames or more."
+        )
     return most
 
 
 def check_box(box: Box) -> None:
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        raise RequestError(f"Box {box}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 (fractions of the frame).")
+        raise RequestError(
+            f"Box {box}: expected 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 (fractions of the frame)."
+        )
 
 
 def check_outpaint(margin: Outpaint) -> None:
     sides = (margin.left, margin.right, margin.top, margin.bottom)
     if not all(0 <= side <= 4 for side in sides) or not any(sides):
-        raise RequestError(f"Outpaint {sides}: expected left, right, top, bottom of 0 to 4, at least one above 0.")
+        raise RequestError(
+            f"Outpaint {sides}: expected left, right, top, bottom of 0 to 4, at least one above 0."
+        )
 
 
 def check_length(available: int, needed: int, what: str) -> None:
@@ -208,6 +233,10 @@ def _refuse_contradictions(c: Conditioning) -> None:
         if not condition:
             raise RequestError(message, hint=hint)
 
+    _choice("control", c.control, ("as-is", "gray"))
+    is_control = c.video is not None and c.mask is None and not c.boxes and c.outpaint is None
+    need(c.control == "as-is" or is_control, "control = 'gray' was given without a control clip.",
+         "It is for a video that is followed, without mask, boxes or outpaint.")  # fmt: skip
     need(not ((c.mask is not None or c.boxes) and c.video is None),
          "A mask or boxes were given without a source video.", "Add the clip whose masked part is to be repainted.")  # fmt: skip
     need(not (c.mask is not None and c.boxes), "Both a mask and boxes were given.", "Give one of them.")
@@ -219,14 +248,33 @@ def _refuse_contradictions(c: Conditioning) -> None:
 
 
 def _check_picture(picture: Picture) -> None:
-    if isinstance(picture, (str, Path)) and probe(picture).kind == "video":
-        raise MediaError(f"{picture}: is a video, a picture expected.", hint="Extract the frame you mean first.")
+    if not isinstance(picture, (str, Path)):
+        check_frames(picture, ndim=(3,), what="picture")
+    elif probe(picture).kind == "video":
+        raise MediaError(
+            f"{picture}: is a video, a picture expected.", hint="Extract the frame you mean first."
+        )
+
+
+def _check_mask(mask: Picture, video: Clip) -> None:
+    """One picture, or a clip as long as the video: they are read frame by frame together."""
+    if not isinstance(mask, (str, Path)):
+        frames = 1 if check_frames(mask, what="mask").ndim == 3 else len(mask)
+    else:
+        frames = probe(mask).frames
+    if frames != 1 and frames != _frames(video):
+        raise RequestError(f"The mask has {frames} frames, its video {_frames(video)}.",
+                           hint="Give a mask for each frame of the video, or one picture for all.")  # fmt: skip
+
+
+def _frames(clip: Clip) -> int:
+    return probe(clip).frames if isinstance(clip, (str, Path)) else len(clip)
 
 
 def _available(clip: Clip) -> int:
     """Frames of a clip by its header. A clip of changing rate is brought to a constant one, which may need more."""
     if not isinstance(clip, (str, Path)):
-        return len(clip)
+        return len(check_frames(clip, ndim=(4,), what="clip"))
     info = probe(clip)
     return max(info.frames, round(info.duration_s * info.fps) if info.fps else 0)
 
