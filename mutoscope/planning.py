@@ -1,4 +1,4 @@
-"""From what was asked to what will be run: defaults filled in, everything checked before any work starts. Torch-free."""
+"""From what was asked to what will be run: defaults filled in, everything checked before any work. Torch-free."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
 
 
 def describe(request: GenerationRequest, manifest: ModelManifest) -> dict[str, Any]:
-    """What is embedded in a finished file: all that is needed to make it again, and nothing that changes between runs."""
+    """What is embedded in a finished file: all that is needed to make it again, nothing that changes between runs."""
     return {
         "version": __version__,
         "model": manifest.name,
@@ -113,11 +113,14 @@ def _check_size(width: int, height: int, manifest: ModelManifest) -> None:
     multiple = manifest.limits.size_multiple
     if width % multiple or height % multiple or not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         near = [min(MAX_SIDE, max(multiple, round(v / multiple) * multiple)) for v in (width, height)]
-        raise RequestError(f"Size {width}x{height}: width and height must be multiples of {multiple}, at most {MAX_SIDE}.",
-                           hint=f"The nearest is {near[0]}x{near[1]}.")  # fmt: skip
+        raise RequestError(
+            f"Size {width}x{height}: width and height must be multiples of {multiple}, at most {MAX_SIDE}.",
+            hint=f"The nearest is {near[0]}x{near[1]}.",
+        )
     if manifest.limits.max_pixels and width * height > manifest.limits.max_pixels:
         sizes = ", ".join(f"{w}x{h}" for w, h in manifest.sizes)
-        raise RequestError(f"Size {width}x{height} is more than {manifest.name} can do ({manifest.limits.max_pixels} pixels).",
+        most = manifest.limits.max_pixels
+        raise RequestError(f"Size {width}x{height} is more than {manifest.name} can do ({most} pixels).",
                            hint=f"It was made for {sizes}." if sizes else "")  # fmt: skip
 
 
@@ -238,7 +241,8 @@ def _refuse_contradictions(c: Conditioning) -> None:
     need(c.control == "as-is" or is_control, "control = 'gray' was given without a control clip.",
          "It is for a video that is followed, without mask, boxes or outpaint.")  # fmt: skip
     need(not ((c.mask is not None or c.boxes) and c.video is None),
-         "A mask or boxes were given without a source video.", "Add the clip whose masked part is to be repainted.")  # fmt: skip
+         "A mask or boxes were given without a source video.",
+         "Add the clip whose masked part is to be repainted.")  # fmt: skip
     need(not (c.mask is not None and c.boxes), "Both a mask and boxes were given.", "Give one of them.")
     need(not (c.outpaint is not None and c.video is None), "Outpainting needs a source video.")
     need(not (c.outpaint is not None and (c.mask is not None or c.boxes)), "Outpainting makes its own mask.",
