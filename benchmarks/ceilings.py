@@ -67,7 +67,8 @@ class _Recorder(TorchDispatchMode):
 
 def decoder_convolutions(config: VAEConfig, width: int, height: int, frames: int) -> Counter[Convolution]:
     """Every convolution of our decoder with the number of times it runs, found without computing anything."""
-    with torch.device("meta"), torch.no_grad(), _Recorder() as recorder:
+    # In inference mode a recorder would see conv2d and conv3d and not what they become.
+    with torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _Recorder() as recorder:
         latent_frames = 1 + (frames - 1) // TEMPORAL_STRIDE
         z = torch.empty(1, config.z_dim, latent_frames, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
         for _ in WanVAE(config).decode_stream(z):

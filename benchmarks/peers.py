@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -76,9 +75,9 @@ def denormalised(latents_BZFHW: Tensor, config: VAEConfig) -> Tensor:
 
 def _diffusers() -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
     import diffusers
 
+    diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     return diffusers
 
