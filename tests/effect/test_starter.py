@@ -1,0 +1,92 @@
+"""What is asked for is what is seen: the built-in model, through its shipped files and the engine's own pipeline.
+
+Seeds are fixed, so a clip differs between machines only by rounding. Every bound leaves a wide margin to what
+docs/starter.md reports (shares of 0.9 and more are asked for as 6 of 8), and chance is far below it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mutoscope import Engine
+from mutoscope.media.frames import psnr
+from mutoscope.request import Keyframe
+from training import evaluate, world
+from training.detect import detect
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    torch.set_num_threads(1)
+    return Engine("pocket")
+
+
+@pytest.fixture(scope="module")
+def answered(engine: Engine) -> list[tuple[evaluate.Case, np.ndarray]]:
+    """Eight held-out prompts with their clips."""
+    return [(case, evaluate.answer(engine, case)) for case in evaluate.cases(8)]
+
+
+def test_the_clip_is_what_was_ordered(answered: list[tuple[evaluate.Case, np.ndarray]]) -> None:
+    for case, clip in answered:
+        scene = case.scene
+        assert clip.dtype == np.uint8
+        assert clip.shape == (scene.frames, scene.height, scene.width, 3)
+
+
+@pytest.mark.parametrize("asked", ["colour", "background colour"])
+def test_what_is_asked_for_is_seen(answered: list[tuple[evaluate.Case, np.ndarray]], asked: str) -> None:
+    _, check = evaluate.CHECKS[asked]
+    hits = [check(case, detect(clip)) for case, clip in answered]
+    assert sum(hits) >= 6, f"{asked}: {sum(hits)} of 8, {[c.prompt for (c, _), ok in zip(answered, hits, strict=True) if not ok]}"
+
+
+def test_words_matter_more_than_noise(engine: Engine) -> None:
+    """The same seed with another colour word gives that colour; with another direction, the other way."""
+    for color in ("red", "blue", "yellow", "green"):
+        clip = engine.generate(f"a large {color} square stays still on a black background", seed=3).frames
+        assert detect(clip).color == color
+
+
+def test_left_and_right_are_opposite(engine: Engine) -> None:
+    """Mean horizontal motion over four seeds, in frame widths: chance is 0, the world's is .35 to .55."""
+    travelled = {}
+    for way in ("left", "right"):
+        prompt = f"a large red ball moves to the {way} on a gray background"
+        clips = [engine.generate(prompt, seed=seed).frames for seed in range(4)]
+        travelled[way] = np.mean([detect(clip).objects[0].direction[0] for clip in clips])
+    assert travelled["left"] < -0.15 < 0.15 < travelled["right"]
+
+
+def test_the_first_frame_is_kept(engine: Engine) -> None:
+    quality = []
+    for case in evaluate.cases(4):
+        image = world.render(case.scene)[0]
+        clip = evaluate.answer(engine, case, image=image)
+        quality.append(psnr(clip[0], image))
+        other = world.render(evaluate.cases(5)[4].scene)[0]
+        assert psnr(clip[0], other) < psnr(clip[0], image), "another picture fits better"
+    assert np.median(quality) >= 20.0, quality
+
+
+def test_a_keyframe_at_the_end_is_reached(engine: Engine) -> None:
+    case = evaluate.cases(4)[1]
+    image = world.render(case.scene)[-1]
+    shown = (Keyframe(image=image, index=-1),)
+    clip = engine.generate(case.prompt, seed=5, keyframes=shown).frames
+    free = engine.generate(case.prompt, seed=5).frames
+    assert psnr(clip[-1], image) > psnr(free[-1], image) + 3.0
+
+
+def test_seeds(engine: Engine) -> None:
+    prompt = "a pink star grows on a teal background"
+    first, again, other = (engine.generate(prompt, seed=seed).frames for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert psnr(first, other) < 30.0
+
+
+def test_guidance_one_is_one_pass_and_still_a_clip(engine: Engine) -> None:
+    clip = engine.generate("a red square on a gray background", seed=1, guidance=1.0, steps=6).frames
+    assert clip.std() > 5.0
