@@ -185,13 +185,18 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         kt, kh, kw = self.weight.shape[2:]
+        weight = self.weight
         if kt > 1:
             past = stream.get(self)
-            if past is None:
-                past = x.new_zeros(*x.shape[:2], kt - 1, *x.shape[3:])
-            x = torch.cat((past, x), dim=2)
+            missing = kt - 1 - (0 if past is None else past.shape[2])
+            if past is not None:
+                x = torch.cat((past, x), dim=2)
             stream[self] = x[:, :, 1 - kt :].clone()
-        return F.conv3d(x, self.weight, self.bias, padding=(0, kh // 2, kw // 2))
+            if x.shape[2] == 1:  # a first frame: before it are zeros, so the last tap does it all
+                weight = weight[:, :, -1:]
+            elif missing:
+                x = F.pad(x, (0, 0, 0, 0, missing, 0))
+        return F.conv3d(x, weight, self.bias, padding=(0, kh // 2, kw // 2))
 
 
 class ResBlock(nn.Module):
