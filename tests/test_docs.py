@@ -32,7 +32,9 @@ def test_the_readme_names_the_two_commands_of_the_makefile() -> None:
 
 
 def test_ci_runs_the_readmes_test_command_and_nothing_else() -> None:
-    lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")
+    ]
     assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "exec make test"]
 
 

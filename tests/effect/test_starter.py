@@ -40,7 +40,9 @@ def test_the_clip_is_what_was_ordered(answered: list[tuple[evaluate.Case, np.nda
 def test_what_is_asked_for_is_seen(answered: list[tuple[evaluate.Case, np.ndarray]], asked: str) -> None:
     _, check = evaluate.CHECKS[asked]
     hits = [check(case, detect(clip)) for case, clip in answered]
-    assert sum(hits) >= 6, f"{asked}: {sum(hits)} of 8, {[c.prompt for (c, _), ok in zip(answered, hits, strict=True) if not ok]}"
+    assert sum(hits) >= 6, (
+        f"{asked}: {sum(hits)} of 8, {[c.prompt for (c, _), ok in zip(answered, hits, strict=True) if not ok]}"
+    )
 
 
 def test_words_matter_more_than_noise(engine: Engine) -> None:
