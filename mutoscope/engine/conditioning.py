@@ -209,7 +209,7 @@ class _Canvas:
             points = np.array(sorted(track.points), float).reshape(-1, 5)
             times = np.linspace(0, 1, self.n_frames)
             moving = np.stack([np.interp(times, points[:, 0], points[:, i]) for i in range(1, 5)], axis=1)
-            for frame, box in zip(self.frames, moving.clip(0, 1).tolist(), strict=True):
+            for frame, box in zip(self.frames, moving.tolist(), strict=True):
                 x0, y0, x1, y1 = self.pixels(tuple(box))
                 line = BOX_LINE_PX
                 frame[y0 : y0 + line, x0:x1] = frame[max(y0, y1 - line) : y1, x0:x1] = 0

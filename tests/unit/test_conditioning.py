@@ -6,8 +6,10 @@ way; the encoding is also compared with diffusers' own helpers.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -435,6 +437,15 @@ def test_mask_channels(n_frames: int) -> None:
     assert np.array_equal(mask_channels(mask)[0].numpy(), plain_mask_channels(mask))
 
 
+@pytest.mark.parametrize("n_frames", [5, 17, 81])
+def test_the_mask_of_a_first_frame_alone_is_not_picked(n_frames: int) -> None:
+    """Surprising but official: latent frame 0 takes the mask of frame 1. Models were trained like this."""
+    prepared = made(n_frames, keyframes=(Keyframe(image=picture()),))
+    assert (mask_channels(prepared.mask) == 1).all()
+    two = (Keyframe(image=picture()), Keyframe(image=picture(), index=1))
+    assert (mask_channels(made(n_frames, keyframes=two).mask)[:, :, 0] == 0).all()
+
+
 CONFIG = VAEConfig(
     8, 4, (8, 8, 8, 8), 1, (False, True, True), mean=(0.1, -0.4, 0.7, 0.0), std=(1.5, 0.8, 2.0, 1.0),
     rgb=((0.0, 0.0, 0.0),) * 5,
@@ -576,3 +587,17 @@ def test_a_dump_does_not_replace_another(tmp_path: Path) -> None:
     dump(made(1), tmp_path, fps=8)
     with pytest.raises(MutoscopeError, match="not an empty folder"):
         dump(made(1), tmp_path, fps=8)
+
+
+# -- documentation -------------------------------------------------------------------------------------------
+
+
+def test_every_field_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "conditioning.md").read_text("utf-8")
+    for field in fields(Conditioning):
+        assert f"{field.name}=" in text, field.name
+    from mutoscope.cli.generate import generate
+
+    options = {name.replace("_", "-") for name in inspect.signature(generate).parameters}
+    for option in set(re.findall(r"--([a-z][a-z-]*)", text)):
+        assert option in options, f"--{option} is no option of generate"
