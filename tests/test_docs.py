@@ -38,9 +38,10 @@ def test_ci_runs_the_readmes_test_command_and_nothing_else() -> None:
     assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "exec make test"]
 
 
-def test_the_library_snippet_of_the_readme_runs(tmp_path: Path) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, timeout=200)
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+def test_the_library_examples_run(page: str, tmp_path: Path) -> None:
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, timeout=200)
     assert (tmp_path / "ball.mp4").stat().st_size > 1000
 
 
