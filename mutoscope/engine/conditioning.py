@@ -237,7 +237,7 @@ def vace_context(prepared: Prepared, encode: Encode, device: torch.device | str 
     context = torch.cat((kept, made, mask_channels(prepared.mask).to(kept)), dim=1)
     pictures = []
     for reference in prepared.references:
-        latent = torch.cat(list(encode(iter([_pixels(reference[None], device)]))), dim=2)
+        latent = torch.cat(list(encode(iter([_pixels(reference[None].astype(np.float16), device)]))), dim=2)
         pictures.append(F.pad(latent, (0, 0, 0, 0, 0, 0, 0, context.shape[1] - latent.shape[1])))
     return torch.cat((*pictures, context), dim=2)
 
@@ -255,7 +255,7 @@ def _encoded(
     return torch.cat(list(encode(chunks())), dim=2)
 
 
-def _pixels(frames: Frames | FramesHWC, device: torch.device | str) -> Tensor:
+def _pixels(frames: Frames, device: torch.device | str) -> Tensor:
     """[F, H, W, 3] in 0..255 to float32 [1, 3, F, H, W] in -1..1."""
     return (torch.from_numpy(frames).to(device, torch.float32) / GRAY - 1).permute(3, 0, 1, 2)[None]
 

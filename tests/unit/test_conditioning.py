@@ -35,7 +35,10 @@ RNG = np.random.default_rng(0)
 
 
 def picture(width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    """Read-only, as pictures from files are."""
+    pixels = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels.setflags(write=False)
+    return pixels
 
 
 def clip(n: int = FRAMES, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
