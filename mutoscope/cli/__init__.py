@@ -21,7 +21,7 @@ import typer
 
 from mutoscope import __version__
 from mutoscope.cli import decode, doctor, files, generate, models
-from mutoscope.cli.common import Settings, say, tell_failure
+from mutoscope.cli.common import ClosedPipe, Settings, say, tell_failure
 
 USAGE = 2
 INTERRUPTED = 130
@@ -78,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort) as e:
         say(" ".join(("Stopped.", *getattr(e, "__notes__", ()))), err=True)
         return INTERRUPTED
-    except BrokenPipeError:  # `mutoscope models | head`
+    except (ClosedPipe, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:

@@ -61,10 +61,19 @@ Device = Annotated[
 # -- output --------------------------------------------------------------------------------------------------
 
 
+class ClosedPipe(Exception):
+    """Nobody reads on, as in `mutoscope models | head -1`. Not an OSError: typer would end the program itself."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise ClosedPipe
+
+
 def console(*, err: bool = False) -> Console:
     """Made when needed, so that it sees the streams of the moment. Lines wrap on terminals only."""
     stream = sys.stderr if err else sys.stdout
-    return Console(stderr=err, highlight=False, soft_wrap=not stream.isatty())
+    return _Console(stderr=err, highlight=False, emoji=False, soft_wrap=not stream.isatty())
 
 
 def say(text: str | Text, *, err: bool = False, style: str = "") -> None:
@@ -75,7 +84,10 @@ def say(text: str | Text, *, err: bool = False, style: str = "") -> None:
 
 def say_json(value: Any) -> None:
     """One line of JSON on stdout, at once."""
-    print(json.dumps(value, ensure_ascii=False, default=_jsonable), flush=True)
+    try:
+        print(json.dumps(value, ensure_ascii=False, default=_jsonable), flush=True)
+    except BrokenPipeError:
+        raise ClosedPipe from None
 
 
 def _jsonable(value: Any) -> Any:
@@ -95,7 +107,7 @@ def size_text(n: float) -> str:
 
 def time_text(seconds: float) -> str:
     """A duration for people: 8.1 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
@@ -143,6 +155,6 @@ def _as_ours(error: BaseException) -> MutoscopeError | None:
 
 
 def _sentence(text: str) -> str:
-    """With a capital, unless it begins with a file's name or the like."""
-    first = text.split(maxsplit=1)[0] if text.strip() else ""
-    return text[:1].upper() + text[1:] if first.isalpha() else text
+    """With a capital, unless it begins with the name of a file or of a setting."""
+    first, second = (*text.split(maxsplit=2), "", "")[:2]
+    return text[:1].upper() + text[1:] if first.isalpha() and second != "=" else text
