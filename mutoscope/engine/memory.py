@@ -38,9 +38,9 @@ CONDITIONING_BYTES_PER_PIXEL = 7
 class Need:
     """Bytes at the peak of each stage, runtime included. `encode` is that of the conditioning."""
 
-    encode: int
     denoise: int
     decode: int
+    encode: int = 0
 
     @property
     def peak(self) -> int:

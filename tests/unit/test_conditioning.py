@@ -546,7 +546,7 @@ def test_context_against_diffusers(vae: WanVAE, fields: dict[str, Any]) -> None:
     video = torch.from_numpy(prepared.frames).float().permute(3, 0, 1, 2)[None] / 127.5 - 1
     mask = torch.from_numpy(prepared.mask).float()[None, None].expand(1, 3, -1, -1, -1)
     pictures = [
-        torch.from_numpy(r).float().permute(2, 0, 1) / 127.5 - 1 for r in reversed(prepared.references)
+        torch.from_numpy(r.copy()).float().permute(2, 0, 1) / 127.5 - 1 for r in reversed(prepared.references)
     ]
     device = torch.device("cpu")
     latents = WanVACEPipeline.prepare_video_latents(pipeline, video, mask, [pictures], device=device)
