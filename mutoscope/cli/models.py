@@ -17,7 +17,7 @@ from mutoscope.catalog import (
     parse_name,
 )
 from mutoscope.cli.common import Debug, Json, console, say, say_json, size_text, time_text
-from mutoscope.errors import Cancelled, DownloadError, RequestError
+from mutoscope.errors import Cancelled, FileError, RequestError
 
 if TYPE_CHECKING:
     from mutoscope.hub import Progress, PullPlan
@@ -62,13 +62,19 @@ def remove(
 
 
 def _installed() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [
-        {"name": POCKET, "title": find_model(POCKET).title, "folder": None, "problem": ""}
-    ]
+    rows = [_starter()]
     for model in installed_models():
         title = model.manifest.title if model.manifest else ""
         rows.append({"name": model.name, "title": title, "folder": model.folder, "problem": model.problem})
     return rows
+
+
+def _starter() -> dict[str, Any]:
+    row = {"name": POCKET, "title": "", "folder": None, "problem": ""}
+    try:
+        return {**row, "title": find_model(POCKET).title}
+    except FileError as e:  # a checkout without its weights
+        return {**row, "problem": str(e)}
 
 
 def _known(have: Memory) -> list[dict[str, Any]]:
@@ -175,9 +181,6 @@ def pull(
         raise Cancelled(
             "Stopped. What was fetched is kept.", hint=f"Go on with: mutoscope pull {name}"
         ) from None
-    except DownloadError as e:
-        meter.close()
-        raise e
     finally:
         meter.close()
     if json_:

@@ -27,7 +27,7 @@ from mutoscope import __version__, errors, hub, machine
 from mutoscope.catalog import known_model
 from mutoscope.cli import parse, remake, run, running
 from mutoscope.cli.common import Settings, say, size_text, tell_failure, time_text
-from mutoscope.engine import pipeline
+from mutoscope.engine import latents, pipeline
 from mutoscope.errors import MutoscopeError, RequestError
 from mutoscope.media.read import probe, read_clip
 from mutoscope.media.write import VideoWriter, read_metadata, write_image
@@ -616,13 +616,16 @@ def test_inspect_latents(cli: Cli) -> None:
     assert cli("inspect", "a.mp4.latents.safetensors", "--json").lines[0]["kind"] == "latents"
 
 
-def test_decode_refuses_what_is_not_for_it(cli: Cli, tiny_model: Path) -> None:
+def test_decode_refuses_what_is_not_for_it(cli: Cli) -> None:
     assert cli("decode", "gone.safetensors").code == 3
     assert "not a latents file" in cli("decode", picture("a.png")).err
-    cli("generate", "a red ball", "--keep-latents", "-o", "a.mp4")
-    ran = cli("decode", "a.mp4.latents.safetensors", "--model", "pocket")
+    latents.save(Path("other.safetensors"), torch.zeros(1, 16, 1, 4, 4), {"model": "tiny"})
+    ran = cli("decode", "other.safetensors")
     assert ran.code == 3
-    assert "has 4 channels, the VAE of pocket 16" in ran.err
+    assert "has 16 channels, the VAE of tiny 4" in ran.err
+    latents.save(Path("unnamed.safetensors"), torch.zeros(1, 4, 1, 4, 4), {})
+    assert run(["decode", "unnamed.safetensors"]) == 2
+    assert cli("decode", "unnamed.safetensors").out == "unnamed.mp4\n"
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.gif", "folder"])
