@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MIN_TABLE_WIDTH = 56
 """On a narrower terminal lines wrap: better than names cut short."""
+ROOM_FOR_FILE_NAMES = 110
+"""Below this width the bar of a pull shows only its numbers."""
 
 app = typer.Typer(help="List models, or remove one.", pretty_exceptions_enable=False)
 
@@ -245,8 +247,15 @@ class _Meter:
         verb = "verifying" if p.stage == "verify" else "fetching"
         if self.bars is not None and self.task is not None:
             self.bars.start()
-            self.bars.update(self.task, total=p.total_bytes, completed=p.done_bytes, visible=True,
-                             description=f"{verb} {p.file}", state=state)  # fmt: skip
+            what = f"{verb} {p.file}" if self.bars.console.width >= ROOM_FOR_FILE_NAMES else verb
+            self.bars.update(
+                self.task,
+                total=p.total_bytes,
+                completed=p.done_bytes,
+                visible=True,
+                description=what,
+                state=state,
+            )
         elif int(share * 10) != self.tenth:
             self.tenth = int(share * 10)
             say(f"{verb} {p.file}: {state}", err=True)
