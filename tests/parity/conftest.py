@@ -6,11 +6,8 @@ our loader reads it. So the translation of names and layouts is tested together 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when the reference libraries are imported
 
 import pytest
 import torch
