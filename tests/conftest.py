@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from tests.tiny import make_tiny_model
 
 OURS = ("MUTOSCOPE_", "HF_ENDPOINT", "HF_TOKEN", "COLUMNS", "NO_COLOR", "FORCE_COLOR")

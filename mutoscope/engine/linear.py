@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -62,8 +63,11 @@ class Precision(Protocol):
     def admit(self, weight: Packed) -> None:
         """Called once for every weight that will be used, before the first product."""
 
-    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-        """x [..., K] with a weight [N, K] and float32 bias [N] to [..., N]."""
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+        """x [..., K] with a weight [N, K] and float32 bias [N] to [..., N]; then, if asked, GELU (tanh) of it."""
+
+    def fuses_gelu(self, device: torch.device) -> bool:
+        """Whether GELU comes with the product at little or no cost."""
 
 
 class Unpacked:
@@ -78,9 +82,16 @@ class Unpacked:
         if not weight.is_plain(self.dtype):
             self.buffer_numel = max(self.buffer_numel, weight.numel)
 
-    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
         w = weight.values(self.dtype, self._buffer(weight.data.device))
-        return F.linear(x.to(self.dtype), w, None if bias is None else bias.to(self.dtype))
+        x, b = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        if self.fuses_gelu(w.device):
+            return _linear_pointwise(x, w, b, gelu)
+        y = F.linear(x, w, b)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    def fuses_gelu(self, device: torch.device) -> bool:
+        return device.type == "cpu" and self.dtype == torch.bfloat16 and _has_linear_pointwise()
 
     def _buffer(self, device: torch.device) -> Tensor:
         """Made at the first use, for the largest weight admitted; touched only as far as a weight reaches."""
@@ -88,6 +99,18 @@ class Unpacked:
             with torch.inference_mode(False):  # else it could not be written to outside of inference mode
                 self._buffers[device] = torch.empty(self.buffer_numel, dtype=self.dtype, device=device)
         return self._buffers[device]
+
+
+@cache
+def _has_linear_pointwise() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _linear_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """oneDNN's product with bias and GELU inside, rounded once. F.linear adds the bias in a pass of its own."""
+    after = ("gelu", [], "tanh") if gelu else ("none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *after)
+    return result
 
 
 class QuantLinear(nn.Module):
@@ -109,8 +132,12 @@ class QuantLinear(nn.Module):
     def weight(self) -> Packed:
         return Packed(self.packed, self.type_id, (self.out_features, self.in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.precision.linear(x, self.weight, self.bias)
+    @property
+    def fuses_gelu(self) -> bool:
+        return self.precision.fuses_gelu(self.packed.device)
+
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        return self.precision.linear(x, self.weight, self.bias, gelu=gelu)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {GGMLType(self.type_id).name}"
