@@ -17,6 +17,7 @@ setup: .venv/.runtime ## create .venv and install Mutoscope in it
 demo: .venv/.runtime ## turn a prompt into a video with the built-in model (PROMPT="..." OUT=file.mp4)
 	@mkdir -p $(dir $(OUT))
 	@$(BIN)/mutoscope generate "$(PROMPT)" --seed 7 --force -o $(OUT)
+	@echo "To type mutoscope yourself: . .venv/bin/activate"
 
 test: check ## lint, types and the whole test suite
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
