@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mutoscope.engine.gguf import BLOCKS, GGMLType, GGUFWriter, nbytes
+from mutoscope.engine.gguf import BLOCKS, GGMLType, nbytes
+from mutoscope.engine.gguf_writer import GGUFWriter
 from mutoscope.engine.quantize import BASE, FILE_TYPE, architecture_of, mixture
 from mutoscope.engine.quants import quantize
 from mutoscope.engine.umt5 import UMT5Config, UMT5Encoder

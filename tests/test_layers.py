@@ -38,7 +38,7 @@ MAY_IMPORT = {
 
 WITHOUT_TORCH = ("catalog", "direction", "errors", "events", "hub", "jobs", "manifest", "media", "planning", "prompts",
                  "request", "server")  # fmt: skip
-"""No torch, and so no engine, however indirectly. `engine.gguf` reads files without it too."""
+"""No torch, and so no engine, however indirectly. `engine.gguf` and its writer do without it too."""
 
 
 def part_of(name: str) -> str:
@@ -121,7 +121,7 @@ def loads_torch(code: str) -> bool:
 def test_torch_is_not_loaded_without_need() -> None:
     """All of them in one process: if torch comes in, the test below says by whom."""
     names = [module_name(p) for p in MODULES if part_of(module_name(p)) in WITHOUT_TORCH]
-    names += ["mutoscope", "mutoscope.engine.gguf"]
+    names += ["mutoscope", "mutoscope.engine.gguf", "mutoscope.engine.gguf_writer"]
     assert len(names) > 8
     code = "import sys\n" + "\n".join(
         f"import {name}\nassert 'torch' not in sys.modules, '{name} loads torch'" for name in names

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mutoscope.engine.gguf import GGMLType, GGUFWriter
+from mutoscope.engine.gguf import GGMLType
+from mutoscope.engine.gguf_writer import GGUFWriter
 from mutoscope.engine.umt5 import UMT5Config, UMT5Encoder
 from mutoscope.engine.vae import VAEConfig, WanVAE
 from mutoscope.engine.wan import WanConfig, WanModel

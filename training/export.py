@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutoscope.engine.gguf import GGMLType, GGUFWriter
+from mutoscope.engine.gguf import GGMLType
+from mutoscope.engine.gguf_writer import GGUFWriter
 from mutoscope.engine.quants import quantize
 from mutoscope.engine.vae import VAEConfig
 from training import captions, data, pca, train_dit, train_vae

@@ -1,4 +1,4 @@
-"""GGUF files: a memory-mapped reader that trusts nothing, and a streaming writer.
+"""GGUF files: the format, and a memory-mapped reader that trusts nothing. `gguf_writer` writes them.
 
 Format: ggml docs/gguf.md, versions 2 and 3, little endian.
 
@@ -27,13 +27,13 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +56,6 @@ MAX_ALIGNMENT = 1 << 20
 Array: TypeAlias = npt.NDArray[Any]
 Scalar: TypeAlias = bool | int | float | str
 Value: TypeAlias = Scalar | list[str] | Array
-Data: TypeAlias = bytes | bytearray | memoryview | Array
 
 
 class GGMLType(IntEnum):
@@ -118,8 +117,10 @@ _UNSUPPORTED = {
     21: "IQ3_S", 22: "IQ2_S", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
 
-_STRING, _ARRAY, _BOOL, _FLOAT32, _UINT32 = 8, 9, 7, 6, 4
-_NUMBERS: dict[int, np.dtype[Any]] = {
+# Types of metadata values by their number in the file, and how numbers are stored.
+STRING, ARRAY = 8, 9
+_BOOL, _FLOAT32, _UINT32 = 7, 6, 4
+NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
@@ -132,13 +133,12 @@ _NUMBERS: dict[int, np.dtype[Any]] = {
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }
-_NUMBER_IDS = {dtype: type_id for type_id, dtype in _NUMBERS.items()}
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
+ALIGNMENT_KEY = "general.alignment"
 _ORIG_SHAPE = "comfy.gguf.orig_shape."
-_ALIGNMENT = "general.alignment"
 _INCOMPLETE = "The file is probably incomplete; download it again."
 _DAMAGED = "The file is damaged; download it again."
 
@@ -306,22 +306,22 @@ class Metadata(Mapping[str, Value]):
         what = f"value of {key!r}"
         type_id, item, count = cursor.u32(f"type of {key!r}"), None, 1
         start = items = cursor.pos
-        if type_id == _STRING:
+        if type_id == STRING:
             self._values[key] = cursor.text(what)
-        elif type_id in _NUMBERS:
-            cursor.skip(_NUMBERS[type_id].itemsize, what)
+        elif type_id in NUMBERS:
+            cursor.skip(NUMBERS[type_id].itemsize, what)
             self._values[key] = self._numbers(cursor, key, type_id, start, 1)[0].item()
-        elif type_id == _ARRAY:
+        elif type_id == ARRAY:
             item = cursor.u32(f"element type of {key!r}")
             count = cursor.u64(f"length of {key!r}")
             items = cursor.pos
-            if item == _STRING:
+            if item == STRING:
                 cursor.skip_strings(count, what)
-            elif item in _NUMBERS:
-                cursor.skip(count * _NUMBERS[item].itemsize, what)
+            elif item in NUMBERS:
+                cursor.skip(count * NUMBERS[item].itemsize, what)
                 self._numbers(cursor, key, item, items, count)
             else:
-                problem = "an array of arrays" if item == _ARRAY else f"an array of unknown type {item}"
+                problem = "an array of arrays" if item == ARRAY else f"an array of unknown type {item}"
                 cursor.fail(f"{what} is {problem}, expected numbers or strings", at=at)
         else:
             cursor.fail(f"{what} has unknown type {type_id}, expected 0 to 12", at=at)
@@ -332,7 +332,7 @@ class Metadata(Mapping[str, Value]):
             raw = np.frombuffer(self._buffer, np.uint8, count, start)
             if count and raw.max() > 1:
                 cursor.fail(f"value of {key!r} has a boolean of {raw.max()}, expected 0 or 1", at=start)
-        return np.frombuffer(self._buffer, _NUMBERS[type_id], count, start)
+        return np.frombuffer(self._buffer, NUMBERS[type_id], count, start)
 
     def _strings(self, key: str, slot: _Slot) -> list[str]:
         unpack, buffer, pos = _U64.unpack_from, self._buffer, slot.items
@@ -353,8 +353,8 @@ class Metadata(Mapping[str, Value]):
             return self._values[key]
         slot = self._slots[key]
         assert slot.item is not None
-        if slot.item != _STRING:
-            return np.frombuffer(self._buffer, _NUMBERS[slot.item], slot.length, slot.items)
+        if slot.item != STRING:
+            return np.frombuffer(self._buffer, NUMBERS[slot.item], slot.length, slot.items)
         value = self._values[key] = self._strings(key, slot)
         return value
 
@@ -435,12 +435,12 @@ class GGUFFile:
         self._refuse_overlap(cursor)
 
     def _alignment(self, cursor: _Cursor) -> int:
-        value = self.metadata.get(_ALIGNMENT, DEFAULT_ALIGNMENT)
-        if _ALIGNMENT in self.metadata and self.metadata.type_of(_ALIGNMENT) != _UINT32:
-            cursor.fail(f"{_ALIGNMENT} is a {type(value).__name__}, expected a u32")
+        value = self.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
+        if ALIGNMENT_KEY in self.metadata and self.metadata.type_of(ALIGNMENT_KEY) != _UINT32:
+            cursor.fail(f"{ALIGNMENT_KEY} is a {type(value).__name__}, expected a u32")
         assert isinstance(value, int)
         if not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
-            cursor.fail(f"{_ALIGNMENT} is {value}, expected a power of two from 8 to {MAX_ALIGNMENT}")
+            cursor.fail(f"{ALIGNMENT_KEY} is {value}, expected a power of two from 8 to {MAX_ALIGNMENT}")
         return value
 
     def _tensor_info(self, cursor: _Cursor) -> tuple[int, TensorInfo]:
@@ -525,155 +525,3 @@ class GGUFFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Pending(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    nbytes: int
-    data: Data | Callable[[], Data]
-
-
-class GGUFWriter:
-    """Writes a GGUF file (version 3) tensor by tensor; memory holds one tensor at a time.
-
-        writer = GGUFWriter(path, {"general.architecture": "wan"})
-        writer.add("head.head.bias", (64,), GGMLType.F32, lambda: bias.numpy())
-        writer.write()
-
-    Metadata values: bool, int (u32 where it fits, else i32, u64 or i64), float (f32), str, list of one of
-    these (integers as i32 where they fit, else i64), numpy scalar or 1-D array (the dtype decides), or an
-    `Encoded` value taken from another file. The file appears under its name only when complete.
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str], metadata: Mapping[str, object], alignment: int = DEFAULT_ALIGNMENT
-    ) -> None:
-        if not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise ValueError(f"alignment {alignment}, expected a power of two from 8 to {MAX_ALIGNMENT}")
-        self.path = Path(path)
-        self.alignment = alignment
-        self._metadata = {key: value for key, value in metadata.items() if key != _ALIGNMENT}
-        if alignment != DEFAULT_ALIGNMENT:
-            self._metadata[_ALIGNMENT] = np.uint32(alignment)
-        self._tensors: dict[str, _Pending] = {}
-
-    def add(self, name: str, shape: tuple[int, ...], type_id: int, data: Data | Callable[[], Data]) -> None:
-        """Declare a tensor; `shape` in torch order, `data` packed bytes or a function that makes them.
-
-        Raises:
-            GGUFError: unsupported type, or a last dimension that is not a whole number of blocks.
-            ValueError: a name given twice, or a shape that no reader accepts.
-        """
-        if name in self._tensors:
-            raise ValueError(f"tensor {name!r} was added twice")
-        if len(shape) > MAX_DIMS or any(n < 1 for n in shape):
-            raise ValueError(
-                f"tensor {name!r} has shape {list(shape)}, expected up to {MAX_DIMS} dimensions >= 1"
-            )
-        self._tensors[name] = _Pending(name, tuple(shape), int(type_id), nbytes(type_id, shape), data)
-
-    def write(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Write the file; `progress(done, of)` is called after each tensor with byte counts.
-
-        Raises:
-            ValueError: a tensor's data has not the declared size.
-            OSError: the disk is full or the folder cannot be written. Nothing is left behind.
-        """
-        part = self.path.with_name(self.path.name + ".part")
-        try:
-            with part.open("wb") as stream:
-                stream.write(self._header())
-                self._write_data(stream, progress)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(self.path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-
-    def _header(self) -> bytes:
-        out = bytearray(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(self._tensors), len(self._metadata)))
-        for key, value in self._metadata.items():
-            type_id, payload = value if isinstance(value, Encoded) else _encode(key, value)
-            out += _text(key) + _U32.pack(type_id) + payload
-        offset = 0
-        for name, shape, type_id, size, _ in self._tensors.values():
-            out += _text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-            out += struct.pack("<IQ", type_id, offset)
-            offset += self._padded(size)
-        return bytes(out.ljust(self._padded(len(out)), b"\0"))
-
-    def _padded(self, size: int) -> int:
-        return -(-size // self.alignment) * self.alignment
-
-    def _write_data(self, stream: BinaryIO, progress: Callable[[int, int], None] | None) -> None:
-        total = sum(tensor.nbytes for tensor in self._tensors.values())
-        done = 0
-        for tensor in self._tensors.values():
-            data = tensor.data() if callable(tensor.data) else tensor.data
-            view = np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else memoryview(data)
-            if view.nbytes != tensor.nbytes:
-                raise ValueError(
-                    f"tensor {tensor.name!r} {type_name(tensor.type_id)} {list(tensor.shape)} "
-                    f"got {view.nbytes} bytes, expected {tensor.nbytes}"
-                )
-            stream.write(view)
-            stream.write(bytes(self._padded(tensor.nbytes) - tensor.nbytes))
-            done += tensor.nbytes
-            if progress:
-                progress(done, total)
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode("utf-8")
-    return _U64.pack(len(raw)) + raw
-
-
-def _encode(key: str, value: object) -> Encoded:
-    """A Python or numpy value as GGUF stores it."""
-    if isinstance(value, str):
-        return Encoded(_STRING, _text(value))
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return Encoded(_ARRAY, struct.pack("<IQ", _STRING, len(value)) + b"".join(map(_text, value)))
-    number = _as_numpy(value)
-    if number is None:
-        raise TypeError(
-            f"metadata {key!r} is {value!r:.80}; expected a number, a string or a flat list of these"
-        )
-    type_id = _NUMBER_IDS[number.dtype]
-    if number.ndim == 0:
-        return Encoded(type_id, number.tobytes())
-    return Encoded(_ARRAY, struct.pack("<IQ", type_id, number.size) + number.tobytes())
-
-
-def _as_numpy(value: object) -> Array | None:
-    """`value` as a little-endian array of 0 or 1 dimensions, or None where GGUF has no such type."""
-    if isinstance(value, np.generic):  # np.float64 is also a float
-        pass
-    elif isinstance(value, bool | float):
-        value = np.bool_(value) if isinstance(value, bool) else np.float32(value)
-    elif isinstance(value, int):
-        value = _smallest(value, value, "u4", "i4", "u8", "i8")
-    elif isinstance(value, list):
-        kinds = {type(item) for item in value}
-        if kinds == {int}:
-            dtype = _smallest(min(value), max(value), "i4", "i8", "u8")
-            value = None if dtype is None else np.array(value, dtype.dtype)
-        elif kinds == {bool} or kinds == {float}:
-            value = np.array(value, bool if kinds == {bool} else np.float32)
-    if not isinstance(value, np.generic | np.ndarray):
-        return None
-    array = np.asarray(value)
-    dtype_le = array.dtype.newbyteorder("<")
-    return array.astype(dtype_le) if array.ndim < 2 and dtype_le in _NUMBER_IDS else None
-
-
-def _smallest(low: int, high: int, *dtypes: str) -> np.generic | None:
-    """`low` as a scalar of the first dtype that holds both bounds."""
-    for dtype in dtypes:
-        bounds = np.iinfo(dtype)
-        if bounds.min <= low and high <= bounds.max:
-            return np.dtype(dtype).type(low)  # type: ignore[no-any-return]
-    return None

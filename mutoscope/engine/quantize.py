@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from mutoscope.engine import umt5, vae, wan
-from mutoscope.engine.gguf import BLOCKS, GGMLType, GGUFWriter, Metadata
+from mutoscope.engine.gguf import BLOCKS, GGMLType, Metadata
+from mutoscope.engine.gguf_writer import GGUFWriter
 from mutoscope.engine.quants import dequantize, quantize
 from mutoscope.engine.weights import Stored, WeightSource, open_weights
 from mutoscope.errors import RequestError, WeightError

@@ -20,10 +20,10 @@ from mutoscope.engine.gguf import (
     Encoded,
     GGMLType,
     GGUFFile,
-    GGUFWriter,
     nbytes,
     type_name,
 )
+from mutoscope.engine.gguf_writer import GGUFWriter
 from mutoscope.errors import GGUFError
 
 METADATA = {

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from mutoscope.engine import inspect, memory
-from mutoscope.engine.gguf import GGMLType, GGUFWriter, nbytes
+from mutoscope.engine.gguf import GGMLType, nbytes
+from mutoscope.engine.gguf_writer import GGUFWriter
 from mutoscope.engine.inspect import inspect_file, render
 from mutoscope.engine.umt5 import UMT5Config, UMT5Encoder
 from mutoscope.engine.vae import VAEConfig, WanVAE

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mutoscope.engine.gguf import BLOCKS, GGMLType, GGUFFile, GGUFWriter, nbytes
+from mutoscope.engine.gguf import BLOCKS, GGMLType, GGUFFile, nbytes
+from mutoscope.engine.gguf_writer import GGUFWriter
 from mutoscope.engine.quantize import BASE, FILE_TYPE, mixture, quantize_file
 from mutoscope.engine.quants import as_tensor, dequantize
 from mutoscope.errors import FileError, RequestError, WeightError

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mutoscope.engine.gguf import GGMLType, GGUFWriter
+from mutoscope.engine.gguf import GGMLType
+from mutoscope.engine.gguf_writer import GGUFWriter
 from mutoscope.engine.linear import Packed, QuantEmbedding, QuantLinear, Unpacked
 from mutoscope.engine.umt5 import UMT5Config, UMT5Encoder
 from mutoscope.engine.vae import VAEConfig, WanVAE
