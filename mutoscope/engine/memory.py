@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from mutoscope.engine.linear import default_compute_dtype
 from mutoscope.engine.tiling import TILE_PX
 from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from mutoscope.engine.wan import WanConfig
@@ -20,7 +21,9 @@ from mutoscope.request import GenerationRequest
 
 MIB = 1 << 20
 RUNTIME_BYTES = 600 * MIB
-"""The interpreter with torch and the libraries."""
+"""160 MiB of interpreter, torch and libraries; the rest is the tokenizer of a full-size text encoder."""
+PROMPT_TOKENS = 130
+"""Rows of text for which keys and values are kept: as many as the usual negative prompt has."""
 BATCHED_GUIDANCE_TOKENS = 4096
 """Up to this many tokens the guided and the unguided pass run as one batch; above, memory counts more."""
 VAE_STATE_BYTES_PER_PIXEL = 57
@@ -54,15 +57,18 @@ def n_tokens(width: int, height: int, frames: int, n_references: int = 0) -> int
 
 
 def estimate(config: WanConfig, width: int, height: int, frames: int, *, n_references: int = 0, guided: bool = True,
-             vae_base_dim: int = 96) -> Need:  # fmt: skip
-    """What one clip needs on top of the weights."""
+             vae_base_dim: int = 96, itemsize: int = 2) -> Need:  # fmt: skip
+    """What one clip needs on top of the weights; `itemsize` is that of the numbers that layers compute with.
+
+    Measured against it in docs/performance.md.
+    """
     tokens = n_tokens(width, height, frames, n_references)
     batch = 2 if guided and tokens <= BATCHED_GUIDANCE_TOKENS else 1
     streams = 3 if config.vace_layers else 1  # residual, side branch, context
-    per_token = config.dim * (4 * streams + 4 + 2 + 16) + config.ffn_dim * 4
-    unpacked_weight = 4 * config.dim * config.ffn_dim
+    per_token = config.dim * (4 * streams + 8 * itemsize) + config.ffn_dim * itemsize
+    unpacked_weight = itemsize * config.dim * config.ffn_dim
     n_blocks = config.n_layers + len(config.vace_layers)
-    text = 2 * n_blocks * 2 * 130 * config.dim * 4
+    text = 2 * n_blocks * 2 * PROMPT_TOKENS * config.dim * itemsize
     tile = min(width, TILE_PX) * min(height, TILE_PX)
     vae = vae_base_dim * tile * (VAE_STATE_BYTES_PER_PIXEL + VAE_WORK_BYTES_PER_PIXEL)
     if tile < width * height:
@@ -95,6 +101,7 @@ def check(
         n_references=request.conditioning.n_references,
         guided=request.guidance != 1.0,
         vae_base_dim=vae_base_dim,
+        itemsize=default_compute_dtype(device).itemsize,
     )
     more, have = need.peak - RUNTIME_BYTES, available(device)
     if more > have:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mutoscope.engine import memory
+from mutoscope.engine.linear import default_compute_dtype
 from mutoscope.engine.wan import WanConfig
 from mutoscope.errors import ResourceError
 from mutoscope.request import Conditioning, GenerationRequest
@@ -82,7 +83,8 @@ def test_above_a_tile_the_vae_needs_only_the_clip_more() -> None:
 
 
 def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    need = memory.estimate(VACE, 832, 480, 81, n_references=2).peak - memory.RUNTIME_BYTES
+    itemsize = default_compute_dtype(CPU).itemsize
+    need = memory.estimate(VACE, 832, 480, 81, n_references=2, itemsize=itemsize).peak - memory.RUNTIME_BYTES
     conditioning = Conditioning(references=(PICTURE,), compose=Conditioning(references=(PICTURE,)))
     request = planned(conditioning=conditioning)
     monkeypatch.setattr(memory, "available", lambda device: need)
