@@ -1,7 +1,7 @@
 """The engine against `diffusers` and against this machine: one transformer forward and one VAE decode.
 
-    make bench                                      # four minutes and 2 GB of disk, for a while
-    python -m benchmarks.engine --quick             # one minute: fewer layers, a smaller picture
+    make bench                          # six minutes on two cores, 2 GB of disk while it runs
+    python -m benchmarks.engine --quick # one minute: fewer layers, a smaller picture
 
 Same file, same inputs, same process; contenders run in turns and the warm-up is left out. Both sides compute in
 bfloat16 (float32 on processors without it) from GGUF (transformer) and 16-bit safetensors (VAE) with random weights

@@ -388,7 +388,7 @@ def load_vae(
             if trimmable and values.ndim == 5 and not values[:, :, :-1].any():
                 values = values[:, :, -1:].contiguous()
             values = values if isinstance(module, vae.RMSNorm) else values.to(dtype)
-            if values.ndim == 5 and device.type == "cpu":  # activations follow; a tenth faster than contiguous
+            if values.ndim == 5 and device.type == "cpu":  # activations follow; a tenth faster
                 values = values.contiguous(memory_format=torch.channels_last_3d)
             setattr(module, name, _parameter(values, device))
     supply.finish()
