@@ -4,8 +4,8 @@ Each (4 x 8 x 8) block of pixels becomes 16 numbers by principal components; the
 frame, has components of its own, rotated (orthogonal Procrustes) so that a still picture has nearly the same code
 there as later. The diffusion model can start on these latents while the VAE is still learning them.
 
-Partial whitening: component i is divided by std_i ** WHITEN. Full whitening (1.0) and none (0.0) both made the
-diffusion model slower to learn shapes.
+Partial whitening: component i is divided by std_i ** WHITEN, so that fine components stand out of the noise without
+drowning the coarse ones. A guess between none (0.0) and full (1.0), not compared with either.
 """
 
 from __future__ import annotations
