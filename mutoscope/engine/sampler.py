@@ -202,18 +202,8 @@ def _dpmpp(
     x: Tensor, velocity: Tensor, i: int, state: State, sigmas: Sequence[float]
 ) -> tuple[Tensor, State]:
     """DPM-Solver++ 2M, midpoint; first order at both ends."""
-    s_c, s_n = sigmas[i], sigmas[i + 1]
-    m_c = x - s_c * velocity
-    after = State(newer=m_c)
-    if s_n == 0:
-        return m_c, after
-    h = _lambda(s_n) - _lambda(s_c)
-    gain = -(1 - s_n) * math.expm1(-h)
-    x_n = (s_n / s_c) * x + gain * m_c
-    if state.newer is None:
-        return x_n, after
-    r = (_lambda(s_c) - _lambda(sigmas[i - 1])) / h
-    return x_n + (gain * 0.5 / r) * (m_c - state.newer), after
+    m_c = x - sigmas[i] * velocity
+    return _predict(x, m_c, i, state.newer, sigmas), State(newer=m_c)
 
 
 def _unipc(
@@ -224,16 +214,24 @@ def _unipc(
     if state.newer is not None and state.start is not None:
         x = _unipc_correct(m_c, i, state, sigmas)
     after = State(older=state.newer, newer=m_c, start=x)
+    return _predict(x, m_c, i, state.newer, sigmas), after
+
+
+def _predict(x: Tensor, m_c: Tensor, i: int, m_p: Tensor | None, sigmas: Sequence[float]) -> Tensor:
+    """The next sample from the clean guesses of this step and the one before, if there was one.
+
+    UniPC's predictor and the multistep of DPM-Solver++ are the same formula at this order.
+    """
     s_c, s_n = sigmas[i], sigmas[i + 1]
     if s_n == 0:
-        return m_c, after
+        return m_c
     h = _lambda(s_n) - _lambda(s_c)
     gain = -(1 - s_n) * math.expm1(-h)
     x_n = (s_n / s_c) * x + gain * m_c
-    if state.newer is None:
-        return x_n, after
-    r = (_lambda(sigmas[i - 1]) - _lambda(s_c)) / h
-    return x_n + (gain * 0.5 / r) * (state.newer - m_c), after
+    if m_p is None:
+        return x_n
+    r = (_lambda(s_c) - _lambda(sigmas[i - 1])) / h
+    return x_n + (gain * 0.5 / r) * (m_c - m_p)
 
 
 def _unipc_correct(m_c: Tensor, i: int, state: State, sigmas: Sequence[float]) -> Tensor:
