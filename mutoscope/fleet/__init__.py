@@ -1,0 +1,1 @@
+"""Where workers run: supervised processes of this machine."""
