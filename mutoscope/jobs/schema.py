@@ -196,7 +196,7 @@ webhook_endpoints = Table(
     Column("account_id", Text, ForeignKey("accounts.id"), nullable=False, index=True),
     Column("url", Text, nullable=False),
     Column("events", JSON, nullable=False),  # empty: all
-    Column("secrets", JSON, nullable=False),  # newest first; all sign
+    Column("secrets", JSON, nullable=False),  # newest first, each with the time until which it signs
     Column("created_at", Float, nullable=False),
     Column("failing_since", Float),
     Column("disabled_at", Float),
@@ -213,6 +213,7 @@ deliveries = Table(
     Column("style", Text, nullable=False),  # "standard" (Standard Webhooks), "luma"
     Column("event", Text, nullable=False),
     Column("job_id", Text),
+    Column("sequence", Integer, nullable=False, default=0),  # of the job's events: higher is newer
     Column("body", Text, nullable=False),
     Column("state", Text, nullable=False),  # "pending", "delivered", "failed"
     Column("attempts", Integer, nullable=False, default=0),
@@ -225,6 +226,7 @@ deliveries = Table(
     Index("ix_deliveries_due", "next_at", sqlite_where=text("state = 'pending'"),
           postgresql_where=text("state = 'pending'")),
     Index("ix_deliveries_account", "account_id", "created_at"),
+    Index("ix_deliveries_job", "job_id", "sequence"),
 )  # fmt: skip
 
 idempotency = Table(
