@@ -22,7 +22,7 @@ from sqlalchemy.engine import Row
 from mutoscope.jobs import addresses
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import InvalidRequest, NotFound
-from mutoscope.jobs.schema import settings_kept, webhook_endpoints
+from mutoscope.jobs.schema import deliveries, settings_kept, webhook_endpoints
 from mutoscope.settings import Settings
 
 EVENTS = (
@@ -138,6 +138,8 @@ def update(
     values: dict[str, Any] = {}
     if url is not None:
         values["url"] = check_url(url, settings)
+        waiting = (deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending")
+        tx.run(deliveries.update().where(*waiting).values(url=url))
     if events is not None:
         _check_events(events)
         values["events"] = list(dict.fromkeys(events))

@@ -168,8 +168,12 @@ def replay(
     if endpoint_id is not None:
         endpoints.get(tx, account_id, endpoint_id)
         which.append(deliveries.c.endpoint_id == endpoint_id)
+    e = webhook_endpoints.c
+    now_at = sa.select(e.url).where(e.id == deliveries.c.endpoint_id).scalar_subquery()
     again = {"state": "pending", "attempts": 0, "next_at": tx.now, "lease_until": None}
-    return tx.run(deliveries.update().where(*which).values(**again))
+    return tx.run(
+        deliveries.update().where(*which).values(url=sa.func.coalesce(now_at, deliveries.c.url), **again)
+    )
 
 
 def prune(tx: Tx, before: float) -> int:
