@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from mutoscope.errors import MutoscopeError
+from mutoscope.errors import MutoscopeError, RequestError
 from mutoscope.jobs.errors import (
     Conflict,
     Forbidden,
@@ -93,10 +93,8 @@ def from_job(
 
 def error(exc: MutoscopeError) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers for what went wrong."""
-    status = next(
-        (code for kind, code in STATUS_OF if isinstance(exc, kind)),
-        400 if isinstance(exc, JobsError) else 500,
-    )
+    other = 400 if isinstance(exc, JobsError | RequestError) else 500
+    status = next((code for kind, code in STATUS_OF if isinstance(exc, kind)), other)
     headers = {} if status in (429, 500) else {"x-should-retry": "false"}
     body: dict[str, Any] = {"error": f"{exc.message} {exc.hint}".strip()}
     if isinstance(exc, BodyRefused):
