@@ -27,6 +27,9 @@ MAX_URL = 2048
 MAX_LIST = 64
 """Longest list where Runway states no limit."""
 
+MAX_SAFE = 2**53 - 1
+"""Largest whole number of JSON that every reader understands."""
+
 INVALID_URL = "Invalid URL"
 ONLY_HTTPS = "Only HTTPS URLs are allowed."
 NOT_A_DOMAIN = "URLs must be hosted on a domain."
@@ -241,7 +244,7 @@ def _any(rules: list[Rule], value: Any, at: Path, hosts: Hosts, found: list[Foun
 def _number(rule: Rule, value: Any, at: Path) -> Iterator[Issue]:
     whole = "int" in rule
     low, high = rule["int"] if whole else rule["number"]
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and -MAX_SAFE <= value <= MAX_SAFE
     if ok and whole:
         ok = float(value).is_integer() if isinstance(value, float) else True
     if ok:

@@ -26,12 +26,18 @@ from mutoscope.server.dialects.runway_rules import (
 ACT_PROMPT = "the character of the reference picture moves like the person in the clip"
 """act_two takes no text, and the generator needs some."""
 
-OPERATIONS = ("text_to_video", "image_to_video", "video_to_video", "text_to_image", "character_performance",
-              "video_upscale", "image_upscale", "video_to_hdr")  # fmt: skip
+VENDOR_NAMES = {"prompt": "promptText", "negative_prompt": "negativePrompt", "seconds": "duration", "width": "ratio",
+                "height": "ratio", "aspect_ratio": "ratio", "scale": "scaleFactor", "fps": "targetFramerate"}  # fmt: skip
 
 TIERS: dict[str, Tier] = {
-    "480p": "540p", "540p": "540p", "720p": "720p", "768p": "720p", "1k": "1080p", "1080p": "1080p", "4k": "4k",
-}  # fmt: skip
+    "480p": "540p",
+    "540p": "540p",
+    "720p": "720p",
+    "768p": "720p",
+    "1k": "1080p",
+    "1080p": "1080p",
+    "4k": "4k",
+}
 SHORT_SIDES = {
     "480p": 480,
     "512p": 512,
@@ -155,8 +161,18 @@ def _spec(fields: Callable[[], dict[str, Any]]) -> JobSpec:
     try:
         return JobSpec(**{k: v for k, v in fields().items() if v is not None})
     except ValidationError as e:
-        issues = [Issue(tuple(d["loc"]), d["msg"].removeprefix("Value error, ") + ".") for d in e.errors()]
-        raise BodyRefused(issues) from e
+        raise BodyRefused([_as_issue(d) for d in e.errors()]) from e
+
+
+def _as_issue(detail: Any) -> Issue:
+    """What our own request model refused, in Runway's names."""
+    path: Path = tuple(detail["loc"])
+    name = VENDOR_NAMES.get(str(path[0]), str(path[0])) if path else ""
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    given = (
+        "" if not path or not isinstance(detail["input"], str | int | float) else f"got {detail['input']}: "
+    )
+    return Issue((name, *path[1:]) if name else (), f"{given}{message}.")
 
 
 def _video(body: Mapping[str, Any], files: Files) -> dict[str, Any]:

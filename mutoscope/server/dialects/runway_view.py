@@ -71,7 +71,7 @@ def created(job: Job, warnings: list[str]) -> dict[str, Any]:
 def from_job(
     job: Job, *, link: Callable[[Output], str], position: int | None = None, now: float | None = None
 ) -> dict[str, Any]:
-    """A task. `link` signs the URL of an output; `queuePosition`, `etaSeconds`, `stage`, `model` and `seed` are ours."""
+    """A task. `link` signs the URL of an output. Ours: `queuePosition`, `etaSeconds`, `stage`, `model` and `seed`."""
     body: dict[str, Any] = {"id": job.id, "createdAt": iso(job.created_at), "status": STATUS[job.state]}
     if job.is_terminal:
         body["cost"] = {"credits": job.cost_captured}
