@@ -8,6 +8,7 @@
     │   └── MediaError                  3      a picture or clip that cannot be read or written
     ├── ResourceError                   4      too little memory, disk or time
     ├── DownloadError                   5      a model that could not be fetched
+    ├── OutputError                     6      a result that is not a picture
     └── Cancelled                     130      stopped by the user; latents kept where possible
 
 A message says what was got, what was expected and where; `hint` says what to do next.
@@ -65,6 +66,12 @@ class DownloadError(MutoscopeError):
     """A model could not be fetched."""
 
     exit_code = 5
+
+
+class OutputError(MutoscopeError):
+    """The numbers that came out are not a picture."""
+
+    exit_code = 6
 
 
 class Cancelled(MutoscopeError):

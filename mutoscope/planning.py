@@ -34,7 +34,7 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
         MediaError: a picture or clip that is missing or of the wrong kind.
     """
     d, limits = manifest.defaults, manifest.limits
-    if not request.prompt.strip():
+    if not request.prompt.strip() and request.conditioning.is_empty:
         raise RequestError("The prompt is empty.", hint="Say what the video should show.")
     if len(request.prompt) > MAX_PROMPT_CHARACTERS:
         raise RequestError(

@@ -19,7 +19,7 @@ from mutoscope.errors import RequestError
 from mutoscope.manifest import suggest
 
 PREFIX = "MUTOSCOPE_"
-NOT_OURS = ("HOME", "DEBUG")  # of the command line, not of the service
+NOT_OURS = ("HOME", "DEBUG", "SETTINGS_JSON", "TEST_STOP_AT")  # the command line's, and between processes
 
 
 class Settings(BaseModel):
@@ -49,7 +49,7 @@ class Settings(BaseModel):
     threads: int = Field(0, ge=0, description="Threads of a CPU worker; 0: torch's choice.")
     preload: str = Field("pocket", description="Model that workers load at start; empty: none.")
     engine: str = Field(
-        "mutoscope.worker:WanRunner", description="What runs jobs; tests put a fake one here."
+        "mutoscope.runner:WanRunner", description="What runs jobs; tests put a fake one here."
     )
 
     # jobs
@@ -58,6 +58,8 @@ class Settings(BaseModel):
     max_crashes: int = Field(3, ge=1, description="Crashes after which a job is given up.")
     time_limit_s: float = Field(6 * 3600, gt=0, description="Longest run of one job.")
     cancel_grace_s: float = Field(10.0, gt=0, description="Then a worker that does not obey is killed.")
+    drain_s: float = Field(30.0, ge=0, description="On shutdown: what a running job gets to finish; else it waits "
+                           "for the next start.")  # fmt: skip
     retention_days: float = Field(30.0, gt=0, description="After which outputs of ended jobs are deleted.")
     upload_hours: float = Field(24.0, gt=0, description="Life of an unused upload.")
     idempotency_hours: float = Field(24.0, gt=0)

@@ -30,7 +30,7 @@ from mutoscope.engine.tokenizer import Tokenizer, clean_text
 from mutoscope.engine.umt5 import UMT5Encoder
 from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE
 from mutoscope.engine.wan import TextContext, WanModel, rope_table
-from mutoscope.errors import RequestError
+from mutoscope.errors import OutputError, RequestError
 from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
 from mutoscope.manifest import ModelManifest, suggest
 from mutoscope.media.write import VideoWriter
@@ -95,7 +95,7 @@ def generate(
     dump_conditioning: a folder for what the model is shown.
 
     Raises:
-        RequestError, MediaError: before any work. ResourceError: if memory cannot suffice.
+        RequestError, MediaError: before any work. ResourceError: if memory cannot suffice. OutputError: not a number.
     """
     clock = _Clock()
     request = plan(request, models.manifest)
@@ -135,6 +135,10 @@ def generate(
         if keep_latents is not None and done:
             latents.save(keep_latents, latest, {**info, "steps_done": done})
 
+    if not torch.isfinite(latest).all():
+        raise OutputError(
+            "The latents are not numbers any more.", hint="Try another seed, sampler or guidance."
+        )
     del text, vace, velocity  # large, and decoding needs the memory
     yield Stage(name="decode", seconds=clock.seconds)
     yield from decode(models.vae, latest)

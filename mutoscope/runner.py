@@ -1,0 +1,93 @@
+"""What a worker drives: something that holds a model and makes frames with it. `WanRunner` is the engine.
+
+Torch is imported when a runner is made, not when this module is. Jobs and databases are unknown here.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol, cast
+
+from mutoscope.errors import FileError, RequestError
+from mutoscope.events import Event
+from mutoscope.request import GenerationRequest
+from mutoscope.settings import Settings
+
+if TYPE_CHECKING:
+    from mutoscope.engine.pipeline import Models
+
+
+class Runner(Protocol):
+    """One per worker process; called from one thread.
+
+    Between two events of `run` nothing runs, and closing the iterator stops the work.
+    """
+
+    def __init__(self, device: str, settings: Settings) -> None: ...
+
+    def load(self, model: str) -> None:
+        """Make `model` the one that runs; raises what says why it cannot."""
+
+    def run(self, request: GenerationRequest) -> Iterator[Event]:
+        """Make one video with the loaded model; see `engine.pipeline.generate`."""
+
+    def release(self) -> None:
+        """Give the model's memory back."""
+
+
+def find_runner(name: str) -> type[Runner]:
+    """The class that "module:Class" names (`settings.engine`)."""
+    module, _, attribute = name.partition(":")
+    try:
+        return cast(type[Runner], getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError) as e:
+        raise RequestError(f"engine = {name!r}: cannot be imported ({e}).") from e
+
+
+class WanRunner:
+    """The engine, with one model at a time."""
+
+    def __init__(self, device: str, settings: Settings) -> None:
+        import torch
+
+        if settings.threads and device == "cpu":
+            torch.set_num_threads(settings.threads)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as e:
+            raise RequestError(
+                f"device {device!r}: cannot be used here ({str(e).splitlines()[0]}).",
+                hint="mutoscope doctor lists what can.",
+            ) from e
+        self.device, self.models_dir = device, settings.models_dir
+        self._models: Models | None = None
+
+    def load(self, model: str) -> None:
+        from mutoscope.catalog import find_model
+        from mutoscope.engine.pipeline import Models
+
+        if self._models is not None and self._models.manifest.name == model:
+            return
+        self.release()
+        manifest = find_model(model, self.models_dir)
+        manifest.check_files()
+        models = Models(manifest, self.device)
+        _ = models.dit, models.vae, models.text  # opened now, so that a broken file shows here
+        self._models = models
+
+    def run(self, request: GenerationRequest) -> Iterator[Event]:
+        from mutoscope.engine.pipeline import generate
+
+        if self._models is None:
+            raise FileError("no model is loaded.")
+        return generate(self._models, request)
+
+    def release(self) -> None:
+        import torch
+
+        self._models = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

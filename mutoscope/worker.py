@@ -1,0 +1,560 @@
+"""The worker: claims a job, collects its inputs, drives the engine, writes the files, ends the job. One per device.
+
+    python -m mutoscope.worker cpu        # what the supervisor starts
+
+This is the one file in which jobs and the engine meet. The main thread claims and makes; a second one, the pulse,
+beats, looks whether the job was cancelled and passes progress on, so that the engine never waits for the database.
+
+Whatever happens to this process, the job is safe: what it wrote lies in a folder named after its lease's fence, and
+every write names the fence. A worker that was frozen and comes back too late changes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from PIL import Image
+
+from mutoscope.catalog import POCKET, find_model, installed_models
+from mutoscope.errors import (
+    Cancelled,
+    FileError,
+    MediaError,
+    MutoscopeError,
+    OutputError,
+    RequestError,
+    ResourceError,
+)
+from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
+from mutoscope.jobs import eta, fetch, queue, translate, workers
+from mutoscope.jobs.checkpoints import checkpoint
+from mutoscope.jobs.database import Database, Tx
+from mutoscope.jobs.model import Failure, Job, Output, State
+from mutoscope.jobs.schema import jobs
+from mutoscope.jobs.spec import JobSpec
+from mutoscope.media.deliver import Delivery
+from mutoscope.media.frames import thumbnail
+from mutoscope.planning import describe, plan
+from mutoscope.runner import Runner, find_runner
+from mutoscope.settings import Settings
+
+log = logging.getLogger("mutoscope.worker")
+
+LOOK_S = 0.25
+"""How often the pulse looks whether the job was cancelled."""
+PROGRESS_S = 0.5
+"""Progress is written at most that often."""
+IDLE_S = 0.1
+"""How often an idle worker looks for a job: one indexed read, and a claim only if something waits."""
+PREVIEW_PX = 256
+ENCODE_SHARE = 0.02
+BEFORE_SHARE, DENOISE_SHARE = 0.03, 0.87
+"""Of the progress: what comes before denoising, and denoising; the rest is decoding and writing."""
+
+
+class _Stop(Exception):
+    """The job ends here although nothing failed: "cancel", "lost" (another worker has it), or "drain"."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class _Unusable(Exception):
+    """The model cannot be loaded; the cause says why."""
+
+
+class _Unwritten(Exception):
+    """The cause came up while output was written, not while it was made."""
+
+
+@dataclass
+class _Lease:
+    """The job in hand. The pulse sets `stop`, the main thread the rest."""
+
+    job: Job
+    stop: str = ""
+    stage: str = "inputs"
+    step: int = 0
+    steps: int = 0
+    fraction: float = 0.0
+    eta_at: float | None = None
+    preview: str | None = None
+    news: bool = True
+    written_at: float = 0.0  # monotonic
+    step_seconds: list[float] = field(default_factory=list)
+    load_s: float = 0.0
+
+    def at(self, stage: str, fraction: float, eta_at: float | None = None) -> None:
+        self.stage, self.fraction = stage, max(self.fraction, min(fraction, 0.999))
+        self.eta_at = eta_at or self.eta_at
+        self.news = True
+
+
+class Worker:
+    """The loop. `settings` and the runner are given; everything else is made here.
+
+    worker_id: who it is in `workers`; the supervisor chooses it, so that it knows whose job it was.
+    """
+
+    def __init__(
+        self, db: Database, settings: Settings, runner: Runner, *, device: str, worker_id: str = ""
+    ) -> None:
+        self.db, self.settings, self.runner, self.device = db, settings, runner, device
+        self.id = worker_id or f"worker-{uuid.uuid4()}"
+        self.model, self.switches = "", 0
+        self._lease: _Lease | None = None
+        self._draining = threading.Event()
+        self._drain_until = math.inf  # monotonic
+        self._ended = threading.Event()
+        self._told: tuple[object, ...] = ()
+        self._beat_at = -math.inf
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until `drain()`. Registers, beats, preloads, then takes job after job."""
+        with self.db.write() as tx:
+            workers.register(
+                tx, worker_id=self.id, device=self.device, host=socket.gethostname(), pid=os.getpid()
+            )
+        pulse = threading.Thread(target=self._pulse, name="pulse", daemon=True)
+        pulse.start()
+        try:
+            self._preload()
+            while not self._draining.is_set():
+                if not self.turn():
+                    self._draining.wait(IDLE_S)
+        finally:
+            self._ended.set()
+            pulse.join()
+            with self.db.write() as tx:
+                workers.gone(tx, self.id)
+
+    def drain(self, limit_s: float = math.inf) -> None:
+        """Take no further job; finish the one in hand, or hand it back after `limit_s`. For signal handlers too."""
+        self._drain_until = time.monotonic() + limit_s
+        self._draining.set()
+
+    def turn(self) -> bool:
+        """Claim one job and see it to its end; False if there was none."""
+        try:
+            if not self._anything():
+                return False
+            with self.db.write() as tx:
+                job = queue.claim(tx, self.id, self._models(), self.device)
+        except sa.exc.OperationalError as e:  # a database that is away comes back
+            log.warning("no claim: %s", e.orig)
+            return False
+        if job is None:
+            return False
+        checkpoint("claimed")
+        self._perform(job)
+        return True
+
+    def _anything(self) -> bool:
+        with self.db.read() as tx:
+            return tx.scalar(sa.select(sa.exists().where(jobs.c.state == State.QUEUED)))
+
+    def _models(self) -> tuple[str, ...]:
+        """What this worker can run: asked at every claim, since models are pulled while it lives."""
+        found = (m.name for m in installed_models(self.settings.models_dir) if m.manifest is not None)
+        return (POCKET, *found)
+
+    def _preload(self) -> None:
+        if self.settings.preload:
+            try:
+                self._load(self.settings.preload)
+            except _Unusable as e:
+                log.warning("model %s is not preloaded: %s", self.settings.preload, e.__cause__)
+
+    # -- one job ---------------------------------------------------------------------------------------------
+
+    def _perform(self, job: Job) -> None:
+        started = time.monotonic()
+        lease = self._lease = _Lease(job, steps=job.resolved.steps)
+        place = self.settings.data_dir / "outputs" / job.id
+        part, final = place / f"{job.fence}.part", place / str(job.fence)
+        log.info("job %s: %s on %s", job.id, job.operation, job.model, extra={"job": job.id})
+        try:
+            try:
+                shutil.rmtree(place, ignore_errors=True)  # of earlier attempts, whose fence is void
+                part.mkdir(parents=True)
+                outputs, result = self._make(lease, part)
+                self._look(lease)
+                checkpoint("before-rename")
+                _settle(part, final)
+            except OSError as e:
+                raise _Unwritten from e
+            took = time.monotonic() - started
+            self._succeed(
+                lease, final, outputs, {**result, "took_s": round(took, 3), "device": self.device}, took
+            )
+        except _Stop as e:
+            self._stopped(lease, e.why)
+            shutil.rmtree(part, ignore_errors=True)
+        except Exception as e:
+            shutil.rmtree(part, ignore_errors=True)
+            self._failed(lease, e)
+        finally:
+            self._lease = None
+            shutil.rmtree(self._scratch(job), ignore_errors=True)
+            self._tell()
+
+    def _make(self, lease: _Lease, folder: Path) -> tuple[list[Output], dict[str, Any]]:
+        """Everything between the claim and the finished files in `folder`."""
+        job = lease.job
+        spec = JobSpec.model_validate(job.spec)
+        try:
+            files = fetch.collect(
+                self.db, job, self._scratch(job), self.settings, should_stop=lambda: bool(self._why(lease))
+            )
+        except Cancelled:
+            self._look(lease)
+            raise
+        manifest = find_model(job.model, self.settings.models_dir)
+        request = plan(translate.generation_request(spec, job.resolved, files), manifest)
+        if self.model != job.model:
+            lease.at("load", 0.01)
+            began = time.monotonic()
+            self._load(job.model)
+            lease.load_s = time.monotonic() - began
+        checkpoint("loaded")
+        self._look(lease)
+        info = _without_paths(describe(request, manifest), self._scratch(job))
+        r = job.resolved
+        delivery = Delivery(
+            folder, format=spec.format or ("png" if spec.operation == "image" else "mp4"),
+            width=r.out_width, height=r.out_height, fps=request.fps or r.fps, frames=request.frames or 1, info=info,
+        )  # fmt: skip
+        try:
+            with closing(self.runner.run(request)) as events:  # type: ignore[type-var]
+                self._follow(lease, events, delivery)
+            checkpoint("decoded")
+            lease.at("save", 0.99)
+            with _writing():
+                made = delivery.close()
+        finally:
+            delivery.abort()
+        where = f"outputs/{job.id}/{job.fence}"
+        outputs = [
+            Output(role=f.role, path=f"{where}/{f.name}", mime=f.mime, size_bytes=(folder / f.name).stat().st_size,
+                   width=f.width, height=f.height, frames=f.frames, fps=f.fps)
+            for f in made
+        ]  # fmt: skip
+        main = made[0]
+        result = {
+            "model": job.model, "seed": request.seed, "width": main.width, "height": main.height,
+            "generated_width": request.width, "generated_height": request.height, "frames": main.frames,
+            "fps": main.fps, "seconds": main.frames / main.fps if main.fps else 0.0, "steps": request.steps,
+        }  # fmt: skip
+        return outputs, result
+
+    def _follow(self, lease: _Lease, events: Iterator[Event], delivery: Delivery) -> None:
+        """Take events until the result. Between two of them the job can be stopped."""
+        for event in events:
+            if isinstance(event, Stage):
+                lease.at(event.name, BEFORE_SHARE if event.name == "denoise" else 0.02)
+                if event.name == "decode":
+                    lease.at("decode", BEFORE_SHARE + DENOISE_SHARE)
+            elif isinstance(event, Step):
+                lease.step, lease.steps = event.i, event.n
+                lease.step_seconds.append(event.seconds)
+                rest = event.eta_seconds * (1 + ENCODE_SHARE)
+                lease.at("denoise", BEFORE_SHARE + DENOISE_SHARE * event.i / event.n, self.db.clock() + rest)
+                checkpoint("step")
+            elif isinstance(event, Preview):
+                lease.preview = preview_uri(event)
+            elif isinstance(event, Frames):
+                with _writing():
+                    delivery.write(event.frames)
+                lease.at("decode", 0.9 + 0.09 * event.done / event.of)
+            elif isinstance(event, Result):
+                return
+            self._look(lease)
+        raise AssertionError("the engine ended without a result")
+
+    def _load(self, model: str) -> None:
+        """Make `model` the loaded one. Raises _Unusable, or what says that memory ran out."""
+        if self.model == model:
+            return
+        self.switches += bool(self.model)
+        self.model = ""
+        try:
+            self.runner.load(model)
+        except Exception as e:
+            self.runner.release()
+            if is_out_of_memory(e):
+                raise
+            raise _Unusable(model) from e
+        self.model = model
+
+    # -- how it ends -----------------------------------------------------------------------------------------
+
+    def _succeed(
+        self, lease: _Lease, final: Path, outputs: list[Output], result: dict[str, Any], took: float
+    ) -> None:
+        job = lease.job
+        checkpoint("before-commit")
+
+        def change(tx: Tx) -> Job | None:
+            ended = queue.succeed(tx, job.id, job.fence, tuple(outputs), result)
+            if ended is not None and lease.step_seconds:
+                step_s = statistics.median(lease.step_seconds)
+                rest_s = max(0.0, took - lease.load_s - sum(lease.step_seconds))
+                eta.record(tx, model=job.model, device=self.device, resolved=job.resolved,
+                           step_s=step_s, rest_s=rest_s, load_s=lease.load_s)  # fmt: skip
+            return ended
+
+        if self._end(lease, change) is None:
+            if self._cancel_asked(lease):  # asked in the last moment: it counts
+                self._stopped(lease, "cancel")
+            shutil.rmtree(final, ignore_errors=True)
+            return
+        checkpoint("committed")
+        log.info("job %s: done in %.1f s", job.id, took, extra={"job": job.id})
+
+    def _stopped(self, lease: _Lease, why: str) -> None:
+        job = lease.job
+        log.info("job %s: stopped (%s)", job.id, why, extra={"job": job.id})
+        if why == "cancel":
+            self._end(lease, lambda tx: queue.cancelled(tx, job.id, job.fence))
+        elif why == "drain":
+            self._end(lease, lambda tx: queue.lose(tx, job.id, job.fence, "the worker was stopped"))
+
+    def _failed(self, lease: _Lease, error: Exception) -> None:
+        job = lease.job
+        if isinstance(error, _Unusable) and job.candidates:
+            why = f"model {job.model} cannot be loaded: {error.__cause__}"
+            log.warning("job %s: %s", job.id, why, extra={"job": job.id})
+            self._end(lease, lambda tx: queue.reroute(tx, job.id, job.fence, why))
+            return
+        failure, message = failure_of(error, job.model)
+        log.warning(
+            "job %s: failed (%s): %s", job.id, failure, message,
+            exc_info=error if failure == Failure.INTERNAL else None, extra={"job": job.id},
+        )  # fmt: skip
+        if failure == Failure.OUT_OF_MEMORY:
+            self.model = ""
+            self.runner.release()
+        self._end(lease, lambda tx: queue.fail(tx, job.id, job.fence, failure, message))
+
+    def _end(self, lease: _Lease, change: Callable[[Tx], Job | None]) -> Job | None:
+        """The last write of a job, tried for as long as its lease holds."""
+        until = time.monotonic() + self.settings.lease_s
+        while True:
+            try:
+                with self.db.write() as tx:
+                    return change(tx)
+            except sa.exc.OperationalError as e:
+                if time.monotonic() > until or lease.stop == "lost":
+                    log.error("job %s: its end could not be written: %s", lease.job.id, e.orig)
+                    return None
+                self._ended.wait(1.0)
+
+    # -- the pulse -------------------------------------------------------------------------------------------
+
+    def _pulse(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            try:
+                self._tick()
+            except sa.exc.OperationalError as e:
+                log.warning("no beat: %s", e.orig)
+            except Exception:
+                log.exception("the pulse goes on")
+
+    def _tick(self) -> None:
+        lease, now = self._lease, time.monotonic()
+        if now - self._beat_at >= self.settings.heartbeat_s:
+            if lease is not None:
+                with self.db.write() as tx:
+                    beat = queue.beat(tx, self.id, lease.job.id, lease.job.fence)
+                self._mark(lease, valid=beat.valid, cancel=beat.cancel_asked)
+            self._tell(force=True)
+            self._beat_at = now
+        elif lease is not None:
+            self._mark(lease, valid=self._still_ours(lease), cancel=self._cancel_asked(lease))
+            self._tell()
+        else:
+            self._tell()
+        if lease is not None and lease.news and now - lease.written_at >= PROGRESS_S and not lease.stop:
+            self._progress(lease)
+
+    def _progress(self, lease: _Lease) -> None:
+        job, preview = lease.job, lease.preview
+        lease.news, lease.preview, lease.written_at = False, None, time.monotonic()
+        with self.db.write() as tx:
+            queue.progress(
+                tx, job.id, job.fence, stage=lease.stage, step=lease.step, steps=lease.steps,
+                fraction=lease.fraction, eta_at=lease.eta_at, preview=preview,
+            )  # fmt: skip
+
+    def _tell(self, *, force: bool = False) -> None:
+        """What this worker does now, for `workers`, when it changed or when it is time for a sign of life."""
+        lease = self._lease
+        state = "busy" if lease else "draining" if self._draining.is_set() else "idle"
+        told = (state, self.model, lease.job.id if lease else None, self.switches)
+        if told != self._told or force:
+            with self.db.write() as tx:
+                workers.update(tx, self.id, state=told[0], model=told[1], job_id=told[2], switches=told[3])
+            self._told = told
+
+    def _row(self, lease: _Lease) -> Any:
+        with self.db.read() as tx:
+            columns = (jobs.c.state, jobs.c.fence, jobs.c.cancel_asked_at)
+            return tx.first(sa.select(*columns).where(jobs.c.id == lease.job.id))
+
+    def _still_ours(self, lease: _Lease) -> bool:
+        row = self._row(lease)
+        return row is not None and row.state == State.RUNNING and row.fence == lease.job.fence
+
+    def _cancel_asked(self, lease: _Lease) -> bool:
+        row = self._row(lease)
+        return row is not None and row.cancel_asked_at is not None
+
+    def _mark(self, lease: _Lease, *, valid: bool, cancel: bool) -> None:
+        if not valid:
+            lease.stop = "lost"
+        elif cancel:
+            lease.stop = "cancel"
+
+    def _why(self, lease: _Lease) -> str:
+        """Why the job should stop now, or nothing."""
+        if not lease.stop and self._draining.is_set():
+            now = time.monotonic()
+            rest = (lease.eta_at or 0.0) - self.db.clock()
+            if now > self._drain_until or now + rest > self._drain_until:
+                return "drain"
+        return lease.stop
+
+    def _look(self, lease: _Lease) -> None:
+        why = self._why(lease)
+        if why:
+            raise _Stop(why)
+
+    def _scratch(self, job: Job) -> Path:
+        return self.settings.data_dir / "work" / f"{job.id}-{job.fence}"
+
+
+# -- helpers -------------------------------------------------------------------------------------------------
+
+
+class _writing:
+    """What fails in this block failed while writing."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (MutoscopeError, OSError)):
+            raise _Unwritten from error
+
+
+def failure_of(error: BaseException, model: str) -> tuple[Failure, str]:
+    """The code of a failure, and its message for people: never a path of this machine for what nobody foresaw."""
+    if isinstance(error, _Unusable):
+        return Failure.MODEL_UNAVAILABLE, f"Model {model} cannot be loaded: {error.__cause__}"
+    if isinstance(error, _Unwritten):
+        cause = error.__cause__
+        if isinstance(cause, (ResourceError, OSError)):
+            return Failure.STORAGE, "The result could not be stored: the disk is full or not writable."
+        return Failure.BAD_OUTPUT, f"The result could not be encoded: {cause}"
+    if isinstance(error, fetch.InputError):
+        return error.failure, str(error)
+    if is_out_of_memory(error) or isinstance(error, ResourceError):
+        said = str(error) if isinstance(error, ResourceError) else "Memory ran out."
+        return Failure.OUT_OF_MEMORY, f"{said} Ask for a smaller size or fewer frames."
+    if isinstance(error, OutputError):
+        return Failure.BAD_OUTPUT, str(error)
+    if isinstance(error, MediaError):
+        return Failure.INPUT_INVALID, f"An input cannot be used: {_base_names(str(error))}"
+    if isinstance(error, RequestError):
+        return Failure.REQUEST_INVALID, str(error)
+    if isinstance(error, FileError):
+        return Failure.MODEL_UNAVAILABLE, str(error)
+    return Failure.INTERNAL, f"An unexpected {type(error).__name__}; the server's log says more."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, torch's for devices, and the allocator's on CPU, which has no class of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
+
+
+def preview_uri(preview: Preview) -> str:
+    """The middle frame as a small JPEG, as a data URI."""
+    frame = preview.frames[len(preview.frames) // 2]
+    height, width = frame.shape[:2]
+    scale = max(1, min(8, PREVIEW_PX // max(width, height, 1)))
+    picture = Image.fromarray(thumbnail(frame, PREVIEW_PX))
+    if scale > 1:
+        picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def _base_names(text: str) -> str:
+    """Paths shortened to names: where the server keeps things is nobody's business."""
+    return " ".join(Path(word).name if word.startswith("/") else word for word in text.split(" "))
+
+
+def _without_paths(value: Any, folder: Path) -> Any:
+    """The description of a request with its inputs named, not placed."""
+    if isinstance(value, dict):
+        return {k: _without_paths(v, folder) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(v, folder) for v in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(f"{folder}/") else value
+
+
+def _settle(part: Path, final: Path) -> None:
+    """All files at once: they are written through, then their folder gets its name."""
+    for file in (*part.iterdir(), part):
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    os.rename(part, final)
+
+
+def main() -> None:
+    """`python -m mutoscope.worker DEVICE [ID]`, with the settings as JSON in MUTOSCOPE_SETTINGS_JSON."""
+    device, worker_id = (*sys.argv[1:], "", "")[:2]
+    settings = Settings.model_validate_json(os.environ["MUTOSCOPE_SETTINGS_JSON"])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    db = Database(settings.database)
+    drain: list[Worker] = []
+    signal.signal(signal.SIGTERM, lambda *_: [w.drain(settings.drain_s) for w in drain] or sys.exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor passes on what has to be passed on
+    runner = find_runner(settings.engine)(device or "cpu", settings)
+    worker = Worker(db, settings, runner, device=device or "cpu", worker_id=worker_id)
+    drain.append(worker)
+    try:
+        worker.run()
+    finally:
+        db.close()
+
+
+if __name__ == "__main__":
+    main()
