@@ -142,7 +142,7 @@ def parse(url: str, policy: Policy) -> Target:
         raise Refused("is not a valid URL") from e
     if not host:
         raise Refused("names no host")
-    if parsed.userinfo or "@" in parsed.netloc.decode("ascii", "replace"):
+    if "@" in re.split("[/?#]", url.partition("//")[2], maxsplit=1)[0]:
         raise Refused("contains a user name or password")
     literal = _literal(host)
     if literal is not None:
@@ -152,20 +152,20 @@ def parse(url: str, policy: Policy) -> Target:
         parsed.scheme == "http" and policy.http_to_named and named
     ):
         raise Refused(_scheme_reason(parsed.scheme, host, policy))
-    port = port or (443 if parsed.scheme == "https" else 80)
-    if port < 1024 and port not in (80, 443) and not named:
+    default_port = 443 if parsed.scheme == "https" else 80
+    port = default_port if port is None else port
+    if not 0 < port < 65536 or (port < 1024 and port not in (80, 443) and not named):
         raise Refused(f"names port {port}; 80, 443 or one from 1024 up expected")
     if literal is not None and not named:
         _check_address(literal)
     in_brackets = f"[{host}]" if ":" in host else host
-    default = port == (443 if parsed.scheme == "https" else 80)
     return Target(
         url=url,
         scheme=parsed.scheme,
         host=host,
         port=port,
         path=parsed.raw_path,
-        host_header=in_brackets if default else f"{in_brackets}:{port}",
+        host_header=in_brackets if port == default_port else f"{in_brackets}:{port}",
     )
 
 

@@ -6,8 +6,10 @@ it and answers with its process id and one line of JSON. When the control socket
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -15,14 +17,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mutoscope.errors import MediaError
 from mutoscope.media.read import probe, read_image
+
+MAX_CORES = 4
+"""Threads take address space, of which there is little here."""
 
 
 def main(control_fd: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended forks leave nothing behind
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then closes the socket
     control = socket.socket(fileno=control_fd)
+    load_decoders()
     while True:
         message, fds, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
@@ -32,6 +40,15 @@ def main(control_fd: int) -> None:
                 control.close()
                 serve(fd)
             os.close(fd)
+
+
+def load_decoders() -> None:
+    """What Pillow would else load anew in each fork."""
+    Image.init()
+    for name in ("JPEG", "PNG", "WEBP"):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, name)
+        Image.open(file).load()
 
 
 def serve(fd: int) -> None:
@@ -53,6 +70,9 @@ def limit(memory_bytes: int, cpu_s: int, wall_s: float) -> None:
     """What the rest of this process may take; beyond it there is an error or the end."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, wall_s)
+    if hasattr(os, "sched_setaffinity"):  # also the number of threads that FFmpeg starts
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, random.sample(cores, min(MAX_CORES, len(cores))))
     lower(resource.RLIMIT_CPU, cpu_s)
     lower(resource.RLIMIT_CORE, 0)
     lower(resource.RLIMIT_FSIZE, 0)
