@@ -50,6 +50,9 @@ FAILURE_CODE: dict[Failure, str] = {
 }
 """Runway documents families (ASSET.INVALID, INPUT_PREPROCESSING.*, INTERNAL.*); the last part is ours."""
 
+LONGEST_RETRY_S = 60
+"""The SDKs wait no longer than that; after a longer Retry-After they would only knock in vain."""
+
 STATUS_OF: tuple[tuple[type[MutoscopeError], int], ...] = (
     (Unauthorized, 401),
     (Forbidden, 403),
@@ -105,7 +108,10 @@ def error(exc: MutoscopeError) -> tuple[int, dict[str, Any], dict[str, str]]:
         body["issues"] = [{"path": [exc.field], "message": exc.message}]
         body["docUrl"] = DOC_URL
     if isinstance(exc, LimitExceeded):
-        headers["retry-after"] = str(max(1, math.ceil(exc.retry_after_s)))
+        wait_s = max(1, math.ceil(exc.retry_after_s))
+        headers["retry-after"] = str(wait_s)
+        if wait_s > LONGEST_RETRY_S:
+            headers["x-should-retry"] = "false"
     return status, body, headers
 
 
