@@ -163,7 +163,7 @@ class Sandbox:
                 return answer if isinstance(answer, dict) else {"error": _CRASHES}
         except TimeoutError:
             if pid > 1:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, OverflowError):
                     os.kill(pid, signal.SIGKILL)
             return {"error": f"takes longer than {self.limits.wall_s:g} s to open.", "hint": _RE_EXPORT}
         except (ValueError, OSError):
