@@ -102,7 +102,7 @@ def _routes() -> Iterator[Route]:
     yield Route("POST", "/uploads", SUPPORTED, "", (Part("filename", SUPPORTED), Part("type", SUPPORTED)))
     yield Route("GET", "/organization", SUPPORTED)
     dates = (Part("startDate", SUPPORTED), Part("beforeDate", SUPPORTED))
-    yield Route("POST", "/organization/usage", SUPPORTED, "adds resultsByApiKey", dates)
+    yield Route("POST", "/organization/usage", SUPPORTED, "", dates)
     yield Route("POST", "/routers", SUPPORTED, "", ROUTER_FIELDS)
     yield Route("GET", "/routers", SUPPORTED, "", PAGE)
     yield Route("GET", "/routers/{id}", SUPPORTED)
