@@ -31,7 +31,7 @@ STYLES = {"luma": "luma"}
 """Dialects whose jobs' own URL gets the vendor's body; all else is "standard"."""
 OWN_URL_EVENTS = ("job.running", "job.succeeded", "job.failed", "job.cancelled", "batch.finished")
 """What goes to the URL of a single job or batch: whoever made it knows that it was created."""
-_LARGE = ("spec", "request", "metadata", "candidates", "prompt", "vendor", "events", "result")
+_NEVER_OMITTED = ("id", "state", "sequence", "outputs", "failure")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,7 @@ def _body(tx: Tx, event: str, data: Mapping[str, Any]) -> str:
         return json.dumps({"type": event, "timestamp": at, "data": data}, separators=(",", ":"))
 
     sizes = {key: len(json.dumps(value)) for key, value in data.items()}
-    for key in sorted((k for k in data if k in _LARGE), key=lambda k: -sizes[k]):
+    for key in sorted((k for k in sizes if k not in _NEVER_OMITTED), key=lambda k: -sizes[k]):
         if len(text()) < MAX_BODY_BYTES:
             break
         del data[key]
