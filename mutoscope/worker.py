@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from typing import Any
 import sqlalchemy as sa
 from PIL import Image
 
+from mutoscope import __version__
 from mutoscope.catalog import POCKET, find_model, installed_models
 from mutoscope.errors import (
     Cancelled,
@@ -50,9 +51,11 @@ from mutoscope.jobs.database import Database, Tx
 from mutoscope.jobs.model import Failure, Job, Output, State
 from mutoscope.jobs.schema import jobs
 from mutoscope.jobs.spec import JobSpec
-from mutoscope.media.deliver import Delivery
+from mutoscope.media.deliver import Delivered, Delivery
 from mutoscope.media.frames import thumbnail
+from mutoscope.media.operations import Planned, frames_of, plan_operation
 from mutoscope.planning import describe, plan
+from mutoscope.request import GenerationRequest
 from mutoscope.runner import Runner, find_runner
 from mutoscope.settings import Settings
 
@@ -65,6 +68,8 @@ PROGRESS_S = 0.5
 IDLE_S = 0.1
 """How often an idle worker looks for a job: one indexed read, and a claim only if something waits."""
 PREVIEW_PX = 256
+GENERATES = ("video", "image")
+"""Operations of the generator; the others work on finished clips."""
 ENCODE_SHARE = 0.02
 BEFORE_SHARE, DENOISE_SHARE = 0.03, 0.87
 """Of the progress: what comes before denoising, and denoising; the rest is decoding and writing."""
@@ -230,30 +235,14 @@ class Worker:
         except Cancelled:
             self._look(lease)
             raise
-        manifest = find_model(job.model, self.settings.models_dir)
-        request = plan(translate.generation_request(spec, job.resolved, files), manifest)
-        if self.model != job.model:
-            lease.at("load", 0.01)
-            began = time.monotonic()
-            self._load(job.model)
-            lease.load_s = time.monotonic() - began
-        checkpoint("loaded")
-        self._look(lease)
-        info = _without_paths(describe(request, manifest), self._scratch(job))
-        r = job.resolved
-        delivery = Delivery(
-            folder, format=spec.format or ("png" if spec.operation == "image" else "mp4"),
-            width=r.out_width, height=r.out_height, fps=request.fps or r.fps, frames=request.frames or 1, info=info,
-        )  # fmt: skip
-        try:
-            with closing(self.runner.run(request)) as events:  # type: ignore[type-var]
-                self._follow(lease, events, delivery)
-            checkpoint("decoded")
-            lease.at("save", 0.99)
-            with _writing():
-                made = delivery.close()
-        finally:
-            delivery.abort()
+        if spec.operation in GENERATES:
+            made, request = self._generate(lease, spec, files, folder)
+            facts = {
+                "model": job.model, "seed": request.seed, "steps": request.steps,
+                "generated_width": request.width, "generated_height": request.height,
+            }  # fmt: skip
+        else:
+            made, facts = self._operate(lease, spec, files, folder), {"seed": job.resolved.seed}
         where = f"outputs/{job.id}/{job.fence}"
         outputs = [
             Output(role=f.role, path=f"{where}/{f.name}", mime=f.mime, size_bytes=(folder / f.name).stat().st_size,
@@ -261,12 +250,58 @@ class Worker:
             for f in made
         ]  # fmt: skip
         main = made[0]
-        result = {
-            "model": job.model, "seed": request.seed, "width": main.width, "height": main.height,
-            "generated_width": request.width, "generated_height": request.height, "frames": main.frames,
-            "fps": main.fps, "seconds": main.frames / main.fps if main.fps else 0.0, "steps": request.steps,
+        seconds = main.frames / main.fps if main.fps else 0.0
+        return outputs, {
+            **facts, "width": main.width, "height": main.height, "frames": main.frames, "fps": main.fps,
+            "seconds": round(seconds, 3),
         }  # fmt: skip
-        return outputs, result
+
+    def _generate(
+        self, lease: _Lease, spec: JobSpec, files: translate.Files, folder: Path
+    ) -> tuple[list[Delivered], GenerationRequest]:
+        job, r = lease.job, lease.job.resolved
+        manifest = find_model(job.model, self.settings.models_dir)
+        request = plan(translate.generation_request(spec, r, files), manifest)
+        if self.model != job.model:
+            lease.at("load", 0.01)
+            began = time.monotonic()
+            self._load(job.model)
+            lease.load_s = time.monotonic() - began
+        checkpoint("loaded")
+        self._look(lease)
+        delivery = Delivery(
+            folder, format=spec.format or ("png" if spec.operation == "image" else "mp4"), hdr=spec.hdr,
+            width=r.out_width, height=r.out_height, fps=request.fps or r.fps, frames=request.frames or 1,
+            info=_without_paths(describe(request, manifest), self._scratch(job)),
+        )  # fmt: skip
+        with closing(self.runner.run(request)) as events:  # type: ignore[type-var]
+            return self._deliver(lease, events, delivery), request
+
+    def _operate(self, lease: _Lease, spec: JobSpec, files: translate.Files, folder: Path) -> list[Delivered]:
+        """Enlarge, change the frame rate, or expand to HDR: no model is needed."""
+        assert spec.source is not None
+        size = (spec.width, spec.height) if spec.width and spec.height else None
+        r = lease.job.resolved
+        planned = plan_operation(
+            spec.operation, files[spec.source], scale=spec.scale, fps=spec.fps, size=size or (r.out_width, r.out_height)
+        )  # fmt: skip
+        delivery = Delivery(
+            folder, format=spec.format or ("png" if planned.is_still else "mp4"),
+            hdr=spec.hdr or spec.operation == "hdr", width=planned.width, height=planned.height, fps=planned.fps,
+            frames=planned.frames, info={"version": __version__, "operation": spec.operation},
+        )  # fmt: skip
+        with closing(_as_events(planned)) as events:
+            return self._deliver(lease, events, delivery)
+
+    def _deliver(self, lease: _Lease, events: Iterator[Event], delivery: Delivery) -> list[Delivered]:
+        try:
+            self._follow(lease, events, delivery)
+            checkpoint("decoded")
+            lease.at("save", 0.99)
+            with _writing():
+                return delivery.close()
+        finally:
+            delivery.abort()
 
     def _follow(self, lease: _Lease, events: Iterator[Event], delivery: Delivery) -> None:
         """Take events until the result. Between two of them the job can be stopped."""
@@ -498,6 +533,14 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
+
+
+def _as_events(planned: Planned) -> Generator[Event, None, None]:
+    """An operation's frames in the way of the engine."""
+    yield Stage(name="decode", seconds=0.0)
+    for done, frame in enumerate(frames_of(planned), 1):
+        yield Frames(frames=frame[None], done=done, of=max(done, planned.frames))
+    yield Result(seconds=0.0)
 
 
 def preview_uri(preview: Preview) -> str:

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from mutoscope.errors import MediaError
+from mutoscope.errors import MediaError, RequestError
+from mutoscope.media import master
 from mutoscope.media.frames import contact_sheet, sample_indices, thumbnail
 from mutoscope.media.scale import cover_lanczos
 from mutoscope.media.write import VideoWriter, write_image
@@ -39,10 +40,13 @@ MIME = {
     "jpeg": "image/jpeg",
     "webp": "image/webp",
     "png_sequence": "application/zip",
+    **master.MIME,
 }
 """Formats that can be delivered, with their media types."""
 PICTURES = ("png", "jpeg", "webp")
-_EXTENSION = {"png_sequence": "zip"}
+_EXTENSION = {"png_sequence": "zip", **master.EXTENSIONS}
+_TO_HDR = {"mp4": "hdr10"}
+"""What HDR makes of a format that cannot hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ class Delivered:
 class Delivery:
     """Writes into `folder`, which must exist. Sizes in pixels, fps in frames per second.
 
+    hdr     expand to high dynamic range: formats "mp4" (then it is HDR10), "hdr10", "hlg", "prores", "exr_sequence"
     frames  how many will come, to choose those of the sheet
     info    embedded in the file, see `VideoWriter`
     """
@@ -75,9 +80,15 @@ class Delivery:
         fps: float,
         frames: int,
         info: Mapping[str, Any],
+        hdr: bool = False,
     ) -> None:
         if format not in MIME:
             raise MediaError(f"format {format!r} cannot be written.", hint=f"Expected: {', '.join(MIME)}.")
+        if hdr:
+            format = _TO_HDR.get(format, format)
+            if format not in master.FORMATS:
+                raise RequestError(f"HDR cannot be written as {format}.",
+                                   hint=f"Expected: {', '.join(master.FORMATS)}.")  # fmt: skip
         self.folder, self.format = folder, format
         self.width, self.height, self.fps = width, height, fps
         self.is_picture = format in PICTURES
@@ -86,9 +97,17 @@ class Delivery:
         self._thumbnail: FramesHWC | None = None
         self._cells: list[FramesHWC] = []
         self._n = 0
-        target = folder / ("frames" if format == "png_sequence" else self.name)
-        kind = "png-sequence" if format == "png_sequence" else format
-        self._writer = VideoWriter(target, width=width, height=height, fps=fps, metadata=info, format=kind)
+        self._writer: VideoWriter | master.MasterWriter
+        if format in master.FORMATS:
+            self._writer = master.MasterWriter(
+                folder / self.name, format, width=width, height=height, fps=fps, hdr=hdr, info=info
+            )
+        else:
+            target = folder / ("frames" if format == "png_sequence" else self.name)
+            kind = "png-sequence" if format == "png_sequence" else format
+            self._writer = VideoWriter(
+                target, width=width, height=height, fps=fps, metadata=info, format=kind
+            )
 
     def write(self, frames: FramesHWC) -> None:
         """The next frames, [f, H, W, 3]."""

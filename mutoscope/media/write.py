@@ -365,7 +365,7 @@ class VideoWriter:
         self._part = self.path.with_name(self.path.name.replace("%", "") + ".part")
         _remove(self._part)
         rate = Fraction(fps).limit_denominator(1001)  # 30000/1001 stays exact
-        comment = _comment(metadata) if metadata is not None else None
+        comment = comment_of(metadata) if metadata is not None else None
         job = _Job(width=width, height=height, fps=rate, comment=comment)
         with self._failures():
             if self.format == SEQUENCE:
@@ -479,7 +479,8 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
     return ours if isinstance(ours, dict) else None
 
 
-def _comment(metadata: Mapping[str, Any]) -> str:
+def comment_of(metadata: Mapping[str, Any]) -> str:
+    """What a container's comment says: see `METADATA_KEY`."""
     try:
         # ASCII: not every format's comment field knows UTF-8; sorted: equal content gives equal bytes
         return json.dumps({METADATA_KEY: dict(metadata)}, ensure_ascii=True, sort_keys=True, allow_nan=False)
