@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 import threading
 import time
 from datetime import UTC, datetime
@@ -168,19 +170,27 @@ def test_each_attempt_is_signed_anew(db: Database, settings: Settings, account: 
     assert only(db).last_error == ""
 
 
-@pytest.mark.parametrize("status", [429, 502, 503, 504])
 @pytest.mark.parametrize(
     ("value", "wait_s"),
-    [("90", 90.0), ("1", 5.0), ("99999999999999999999", 86400.0), ("soon", 5.0), ("-3", 5.0),
-     (datetime.fromtimestamp(START + 120, UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 120.0)],
+    [("90", 90.0), (" 90 ", 90.0), ("99999999999999999999", 86400.0), ("soon", 0.0), ("-3", 0.0), ("", 0.0), ("²", 0.0),
+     ("1e3", 0.0), (datetime.fromtimestamp(START + 120, UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 120.0),
+     ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("Wed, 21 Oct 2099 07:28:00 -0000", 86400.0)],
 )  # fmt: skip
-def test_retry_after(
-    db: Database, settings: Settings, account: str, clock: Clock, status: int, value: str, wait_s: float
+def test_retry_after_is_read(value: str, wait_s: float) -> None:
+    assert webhooks.retry_after_s(value, START) == pytest.approx(wait_s)
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_retry_after_is_heeded(
+    db: Database, settings: Settings, account: str, clock: Clock, status: int
 ) -> None:
+    """If it is later than the schedule."""
     endpoint(db, settings)
     tell(db)
-    deliver(db, settings, Sends(Answer(status=status, retry_after=value)))
-    assert only(db).next_at == pytest.approx(clock.now + wait_s)
+    for value, wait_s in (("90", 90.0), ("1", 300.0)):
+        deliver(db, settings, Sends(Answer(status=status, retry_after=value)))
+        assert only(db).next_at == pytest.approx(clock.now + wait_s)
+        clock.now += wait_s
 
 
 def test_retry_after_of_other_answers_is_not_heeded(
@@ -393,6 +403,35 @@ def test_delivery_of_a_dead_process_is_sent_again_with_the_same_id(
     assert first.sent[0].headers["webhook-id"] == second.sent[0].headers["webhook-id"]
     assert only(db).state == "delivered"
     assert only(db).attempts == 2
+
+
+_SENDER = """
+import sys
+from mutoscope.jobs.database import Database
+from mutoscope.jobs.webhooks import deliver_due
+from mutoscope.settings import Settings
+deliver_due(Database(sys.argv[1], clock=lambda: float(sys.argv[2])), Settings(allow_private_hosts=("127.0.0.1",)))
+"""
+
+
+def test_kill_9_of_the_sender(
+    db: Database, settings: Settings, account: str, clock: Clock, receiver: Receiver
+) -> None:
+    """The receiver has it, and the process that sent it is killed before it hears the answer."""
+    endpoint(db, settings, receiver.url("/hang"))
+    tell(db)
+    sender = subprocess.Popen([sys.executable, "-c", _SENDER, db.url, str(clock.now)])
+    try:
+        assert receiver.arrived.acquire(timeout=60)
+    finally:
+        sender.kill()
+        sender.wait()
+    sends = Sends()
+    clock.now += 3600
+    assert deliver(db, settings, sends) == 1
+    assert sends.sent[0].headers["webhook-id"] == receiver.got[0][1]["webhook-id"]
+    assert sends.sent[0].body == receiver.got[0][2]
+    assert (only(db).state, only(db).attempts) == ("delivered", 2)
 
 
 def test_late_answer_of_a_slow_process_changes_nothing(
