@@ -176,6 +176,19 @@ def replay(
     )
 
 
+def backlog(tx: Tx) -> tuple[int, float]:
+    """For those who watch the service: how many deliveries are due and not under way, and for how long the oldest."""
+    d = deliveries.c
+    due = (
+        d.state == "pending",
+        d.next_at <= tx.now,
+        sa.or_(d.lease_until.is_(None), d.lease_until <= tx.now),
+    )
+    row = tx.first(sa.select(sa.func.count(), sa.func.min(d.next_at)).where(*due))
+    count, oldest = (row[0], row[1]) if row is not None else (0, None)
+    return int(count), tx.now - oldest if oldest is not None else 0.0
+
+
 def prune(tx: Tx, before: float) -> int:
     """Forget deliveries that ended and were made before a time."""
     return tx.run(

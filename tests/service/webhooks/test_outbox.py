@@ -234,6 +234,24 @@ def test_pending_deliveries_follow_a_changed_url(db: Database, settings: Setting
     assert [d.url for d in listed(db)] == [URL + "/new"]
 
 
+def test_backlog_is_what_waits_for_no_reason(db: Database, settings: Settings, clock: Clock) -> None:
+    create(db, settings)
+
+    def backlog() -> tuple[int, float]:
+        with db.read() as tx:
+            return outbox.backlog(tx)
+
+    assert backlog() == (0, 0.0)
+    tell(db, "job.created")
+    tell(db, "job.running")
+    clock.now += 7
+    assert backlog() == (2, 7.0)
+    deliver_due(db, settings, Sends(Answer(status=200), Answer(status=500)))
+    assert backlog() == (0, 0.0), "one delivered, one waits for its time"
+    clock.now += 60
+    assert backlog()[0] == 1
+
+
 def test_prune_keeps_what_is_pending(db: Database, settings: Settings, clock: Clock) -> None:
     create(db, settings)
     tell(db, "job.created")
