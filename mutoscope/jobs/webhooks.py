@@ -3,8 +3,8 @@
 A due row is leased by the process that sends it; if that dies, the lease runs out and another one sends it again
 under the same id. Receivers tell repeats by `webhook-id` and order by `data.sequence`.
 
-One receiver that hangs holds up nobody else: attempts run side by side, and at most `PER_ORIGIN` of them go to the
-same scheme, host and port.
+Receivers that hang hold up nobody else: attempts run side by side, at most `PER_ORIGIN` of them go to the same scheme,
+host and port, and at most `PER_ACCOUNT` are those of one account.
 
     attempt   1    2     3     4      5     6     7      8      9      10
     after     0   5 s   5 m   30 m   2 h   5 h   10 h   14 h   20 h   24 h     each, and up to a tenth more
@@ -52,6 +52,7 @@ TIMEOUTS_S = {"luma": 5.0}
 LEASE_MARGIN_S = 15.0
 AT_ONCE = 64
 PER_ORIGIN = 4
+PER_ACCOUNT = 32
 LOOK_AGAIN_S = 0.25
 USER_AGENT = f"Mutoscope-Webhooks/{__version__}"
 
@@ -188,9 +189,9 @@ def _claim(
 ) -> list[_Attempt]:
     """Lease what is due and may be sent now."""
     free = AT_ONCE - len(flying)
-    busy = Counter(origin(d.url) for d in flying)
     if free <= 0:
         return []
+    busy = _Busy(flying)
     with db.read() as tx:  # no write lock to find out that there is nothing
         if not _due(tx, busy, 1):
             return []
@@ -199,8 +200,7 @@ def _claim(
         while len(attempts) < free:
             chosen = []
             for delivery in _due(tx, busy, free - len(attempts)):
-                if busy[origin(delivery.url)] < PER_ORIGIN:
-                    busy[origin(delivery.url)] += 1
+                if busy.takes(delivery):
                     chosen.append(delivery)
             if not chosen:
                 break
@@ -209,11 +209,36 @@ def _claim(
     return attempts
 
 
-def _due(tx: Tx, busy: Mapping[str, int], limit: int) -> list[Delivery]:
-    """Deliveries that wait for their time, oldest first, but those to receivers that have their share in the air."""
+class _Busy:
+    """What is in the air, by receiver and by account."""
+
+    def __init__(self, flying: Sequence[Delivery]) -> None:
+        self.origins = Counter(origin(d.url) for d in flying)
+        self.accounts = Counter(d.account_id for d in flying)
+
+    def takes(self, delivery: Delivery) -> bool:
+        """Whether one more may fly; then it counts."""
+        name = origin(delivery.url)
+        if self.origins[name] >= PER_ORIGIN or self.accounts[delivery.account_id] >= PER_ACCOUNT:
+            return False
+        self.origins[name] += 1
+        self.accounts[delivery.account_id] += 1
+        return True
+
+    def room(self) -> list[sa.ColumnElement[bool]]:
+        """The same as conditions on deliveries: without them, rows that have to wait would hide the others."""
+        url = sa.func.lower(deliveries.c.url)
+        full = [name for name, count in self.origins.items() if count >= PER_ORIGIN]
+        there = [
+            sa.or_(url == name, *(url.startswith(name + c, autoescape=True) for c in "/?")) for name in full
+        ]
+        spent = [name for name, count in self.accounts.items() if count >= PER_ACCOUNT]
+        return [*(sa.not_(at) for at in there), deliveries.c.account_id.not_in(spent)]
+
+
+def _due(tx: Tx, busy: _Busy, limit: int) -> list[Delivery]:
+    """Deliveries that wait for their time, oldest first, but those that have to wait for others to land."""
     d = deliveries.c
-    url = sa.func.lower(d.url)
-    full = [name for name, count in busy.items() if count >= PER_ORIGIN]
     query = (
         sa.select(deliveries)
         .where(
@@ -221,12 +246,7 @@ def _due(tx: Tx, busy: Mapping[str, int], limit: int) -> list[Delivery]:
             d.next_at <= tx.now,
             sa.or_(d.lease_until.is_(None), d.lease_until <= tx.now),
         )
-        .where(
-            *(
-                sa.not_(sa.or_(url == o, *(url.startswith(o + c, autoescape=True) for c in "/?")))
-                for o in full
-            )
-        )
+        .where(*busy.room())
         .order_by(d.next_at, d.seq)
         .limit(limit)
     )

@@ -376,6 +376,45 @@ def test_one_hung_receiver_delays_nobody(db: Database, settings: Settings, accou
     assert {got[0] for got in well.got} == {f"/200/{i}" for i in range(99)}
 
 
+def test_account_with_many_hung_receivers_delays_no_other(
+    db: Database, settings: Settings, account: str
+) -> None:
+    """200 receivers that hang, each at a host of its own: more than fit into the air."""
+    with db.write() as tx:
+        for i in range(200):
+            spec = {"prompt": "a ball", "webhook_url": f"https://hung-{i}.example/"}
+            outbox.enqueue(tx, make_job(id=f"hung-{i}", spec=spec), "job.succeeded")
+    release, others = threading.Event(), threading.Semaphore(0)
+    most, lock = [0, 0], threading.Lock()
+
+    def send(message: webhooks.Message) -> Answer:
+        if "hung" in message.url:
+            with lock:
+                most[0] += 1
+                most[1] = max(most)
+            release.wait()
+            with lock:
+                most[0] -= 1
+        else:
+            others.release()
+        return Answer(status=200)
+
+    sending = threading.Thread(target=deliver, args=(db, settings, send))
+    sending.start()
+    try:
+        with db.write() as tx:
+            for i in range(20):
+                spec = {"prompt": "a ball", "webhook_url": f"https://well-{i}.example/"}
+                outbox.enqueue(tx, make_job(id=f"well-{i}", spec=spec, account_id="other"), "job.succeeded")
+        for _ in range(20):
+            assert others.acquire(timeout=10)
+    finally:
+        release.set()
+        sending.join()
+    assert 0 < most[1] <= webhooks.PER_ACCOUNT
+    assert {row.state for row in rows(db)} == {"delivered"}
+
+
 # -- processes that die --------------------------------------------------------------------------------------
 
 
