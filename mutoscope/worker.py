@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ class Worker:
             if not self._anything():
                 return False
             with self.db.write() as tx:
-                job = queue.claim(tx, self.id, self._models(), self.device)
+                job = queue.claim(tx, self.id, self._models(), self.device, lease_s=self.settings.lease_s)
         except sa.exc.OperationalError as e:  # a database that is away comes back
             log.warning("no claim: %s", e.orig)
             return False
@@ -195,13 +195,13 @@ class Worker:
 
     def _perform(self, job: Job) -> None:
         started = time.monotonic()
-        lease = self._lease = _Lease(job, steps=job.resolved.steps)
+        lease = self._lease = _Lease(job, steps=job.resolved.steps, eta_at=job.eta_at)
         place = self.settings.data_dir / "outputs" / job.id
         part, final = place / f"{job.fence}.part", place / str(job.fence)
         log.info("job %s: %s on %s", job.id, job.operation, job.model, extra={"job": job.id})
         try:
             try:
-                shutil.rmtree(place, ignore_errors=True)  # of earlier attempts, whose fence is void
+                _remove_older(place, job.fence)
                 part.mkdir(parents=True)
                 outputs, result = self._make(lease, part)
                 self._look(lease)
@@ -214,10 +214,10 @@ class Worker:
                 lease, final, outputs, {**result, "took_s": round(took, 3), "device": self.device}, took
             )
         except _Stop as e:
+            _remove(part)
             self._stopped(lease, e.why)
-            shutil.rmtree(part, ignore_errors=True)
         except Exception as e:
-            shutil.rmtree(part, ignore_errors=True)
+            _remove(part)
             self._failed(lease, e)
         finally:
             self._lease = None
@@ -362,7 +362,7 @@ class Worker:
         if self._end(lease, change) is None:
             if self._cancel_asked(lease):  # asked in the last moment: it counts
                 self._stopped(lease, "cancel")
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             return
         checkpoint("committed")
         log.info("job %s: done in %.1f s", job.id, took, extra={"job": job.id})
@@ -373,7 +373,9 @@ class Worker:
         if why == "cancel":
             self._end(lease, lambda tx: queue.cancelled(tx, job.id, job.fence))
         elif why == "drain":
-            self._end(lease, lambda tx: queue.lose(tx, job.id, job.fence, "the worker was stopped"))
+            self._end(
+                lease, lambda tx: queue.lose(tx, job.id, job.fence, "the worker was stopped", crashed=False)
+            )
 
     def _failed(self, lease: _Lease, error: Exception) -> None:
         job = lease.job
@@ -421,7 +423,9 @@ class Worker:
         if now - self._beat_at >= self.settings.heartbeat_s:
             if lease is not None:
                 with self.db.write() as tx:
-                    beat = queue.beat(tx, self.id, lease.job.id, lease.job.fence)
+                    beat = queue.beat(
+                        tx, self.id, lease.job.id, lease.job.fence, lease_s=self.settings.lease_s
+                    )
                 self._mark(lease, valid=beat.valid, cancel=beat.cancel_asked)
             self._tell(force=True)
             self._beat_at = now
@@ -568,6 +572,21 @@ def _without_paths(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_without_paths(v, folder) for v in value]
     return Path(value).name if isinstance(value, str) and value.startswith(f"{folder}/") else value
+
+
+def _remove(folder: Path) -> None:
+    """A folder of outputs, and the job's if nothing else is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()
+
+
+def _remove_older(place: Path, fence: int) -> None:
+    """What earlier attempts left: their fence is void. Later ones there may be too, if this process was frozen."""
+    for folder in place.iterdir() if place.is_dir() else ():
+        number = folder.name.removesuffix(".part")
+        if number.isdigit() and int(number) < fence:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _settle(part: Path, final: Path) -> None:
