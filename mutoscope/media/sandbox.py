@@ -38,6 +38,8 @@ MAX_ANSWER_BYTES = 65536
 AT_ONCE = 4
 """Files probed at the same time by one process; others wait."""
 
+_HELPER = "mutoscope.media.sandbox_child"
+
 Kind = Literal["image", "video", "animation"]
 _KINDS: tuple[Kind, ...] = ("image", "video", "animation")
 
@@ -179,7 +181,7 @@ class Sandbox:
         ours, theirs = socket.socketpair()
         with theirs:
             self._helper = subprocess.Popen(
-                [sys.executable, "-m", "mutoscope.media.sandbox_child", str(theirs.fileno())],
+                [sys.executable, "-m", _HELPER, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mutoscope.errors import MediaError
+from mutoscope.errors import MediaError, ResourceError
 from mutoscope.media import sandbox, sniff
 from mutoscope.media.sandbox import Limits, Sandbox
 from tests.service.inputs.conftest import animation, picture, png_bomb, png_chunk
@@ -193,6 +193,13 @@ def test_dead_helper_is_replaced(own: Sandbox, tmp_path: Path) -> None:
     os.kill(first, signal.SIGKILL)
     assert own.probe(path).kind == "image"
     assert own.pid not in (None, first)
+
+
+def test_helper_that_does_not_start(own: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(ResourceError, match="does not start"):
+        own.probe(written(tmp_path, picture()))
+    assert own.pid is None
 
 
 def test_helper_is_not_shared_with_a_fork(own: Sandbox, tmp_path: Path) -> None:
