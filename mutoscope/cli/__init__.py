@@ -5,6 +5,7 @@ running.py    take events, stop on Ctrl-C             decode.py     decode
 progress.py   bar, lines or JSON while it runs        models.py     models, pull
 remake.py     metadata to the command that made it    files.py      inspect, quantize
 common.py     consoles, options, failures             doctor.py     doctor
+admin.py      keys, jobs, accounts, credits           serve.py      serve, worker
 
 Importing it is cheap, so `mutoscope --help` answers at once: commands import the engine when they need it.
 Exit codes: errors.py, docs/cli.md.
@@ -20,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from mutoscope import __version__
-from mutoscope.cli import decode, doctor, files, generate, models
+from mutoscope.cli import admin, decode, doctor, files, generate, models, serve
 from mutoscope.cli.common import ClosedPipe, Settings, say, tell_failure
 
 USAGE = 2
@@ -57,6 +58,12 @@ app.command()(models.pull)
 app.command()(files.inspect)
 app.command()(files.quantize)
 app.command()(doctor.doctor)
+app.command()(serve.serve)
+app.command()(serve.worker)
+app.add_typer(admin.keys, name="keys")
+app.add_typer(admin.jobs, name="jobs")
+app.add_typer(admin.accounts, name="accounts")
+app.add_typer(admin.credits_, name="credits")
 
 # typer carries its own click or uses the installed one, by its version: this is the one it raises
 _UsageError: Any = typer.BadParameter.__mro__[1]

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from mutoscope.settings import Settings
 
 T = TypeVar("T")
-Account = Annotated[
+Account = Annotated[str, typer.Option("--account", metavar="NAME", help="An account's name or id.")]
+OfAccount = Annotated[
     str | None,
-    typer.Option("--account", metavar="ID", help="Default: the first account.", show_default=False),
+    typer.Option("--account", metavar="NAME", help="Only this account's (name or id).", show_default=False),
 ]
+DEFAULT = "default"
 
 keys = typer.Typer(help="API keys: make, list and revoke them.", pretty_exceptions_enable=False)
 accounts = typer.Typer(help="Accounts: who pays.", pretty_exceptions_enable=False)
@@ -40,28 +42,13 @@ def _in(config: Path | None, data_dir: Path | None, act: Callable[[Tx, Settings]
         db.close()
 
 
-def _account_id(tx: Tx, account: str | None) -> str:
-    """The account named, or the oldest one."""
-    import sqlalchemy as sa
-
-    from mutoscope.jobs import accounts as book
-    from mutoscope.jobs.schema import accounts as table
-
-    if account is not None:
-        return book.get(tx, account).id
-    first = tx.scalar(sa.select(table.c.id).order_by(table.c.created_at, table.c.id).limit(1))
-    if first is None:
-        raise RequestError("There is no account yet.", hint="Make one with: mutoscope accounts create NAME")
-    return str(first)
-
-
 # -- keys ----------------------------------------------------------------------------------------------------
 
 
 @keys.command("create")
 def keys_create(
     name: Annotated[str, typer.Argument(help="What it is for.", show_default=False)],
-    account: Account = None,
+    account: Account = DEFAULT,
     value: Annotated[
         str | None,
         typer.Option(
@@ -79,29 +66,32 @@ def keys_create(
 
     scopes = ("jobs", "admin") if admin else ("jobs",)
 
-    def act(tx: Tx, _: Settings) -> tuple[str, str]:
-        return book.create_key(tx, _account_id(tx, account), name, scopes, value)
+    def act(tx: Tx, _: Settings) -> tuple[book.Key, str]:
+        return book.create_key(tx, book.named(tx, account).id, name, scopes=scopes, value=value)
 
-    key_id, secret = _in(config, data_dir, act)
+    key, secret = _in(config, data_dir, act)
     if json_:
-        say_json({"id": key_id, "name": name, "key": secret, "scopes": scopes})
+        say_json({**vars(key), "key": secret})
     else:
         say(secret)
-        say(f"This is the key {name} ({key_id}). It is shown only this once.", err=True)
+        say(f"This is the key {name} ({key.id}). It is shown only this once.", err=True)
 
 
 @keys.command("list")
 def keys_list(
-    account: Account = None,
+    account: OfAccount = None,
     data_dir: DataDir = None,
     config: Config = None,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the keys of an account."""
+    """List the keys."""
     from mutoscope.jobs import accounts as book
 
-    rows = [vars(k) for k in _in(config, data_dir, lambda tx, _: book.keys(tx, _account_id(tx, account)))]
+    def act(tx: Tx, _: Settings) -> list[book.Key]:
+        return book.keys(tx, book.named(tx, account).id if account else None)
+
+    rows = [vars(key) for key in _in(config, data_dir, act)]
     if json_:
         say_json({"keys": rows})
         return
@@ -118,7 +108,6 @@ def keys_list(
 @keys.command("revoke")
 def keys_revoke(
     key_id: Annotated[str, typer.Argument(help="As `mutoscope keys list` shows it.", show_default=False)],
-    account: Account = None,
     data_dir: DataDir = None,
     config: Config = None,
     debug: Debug = False,
@@ -126,7 +115,7 @@ def keys_revoke(
     """Revoke a key: from now on it is refused."""
     from mutoscope.jobs import accounts as book
 
-    _in(config, data_dir, lambda tx, _: book.revoke(tx, _account_id(tx, account), key_id))
+    _in(config, data_dir, lambda tx, _: book.revoke(tx, key_id))
     say(f"{key_id} is revoked.")
 
 
@@ -159,15 +148,9 @@ def accounts_list(
     data_dir: DataDir = None, config: Config = None, json_: Json = False, debug: Debug = False
 ) -> None:
     """List accounts with their plans and credits."""
-    import sqlalchemy as sa
-
     from mutoscope.jobs import accounts as book
-    from mutoscope.jobs.schema import accounts as table
 
-    def act(tx: Tx, _: Settings) -> list[Any]:
-        return [book.get(tx, row.id) for row in tx.all(sa.select(table.c.id).order_by(table.c.created_at))]
-
-    found = _in(config, data_dir, act)
+    found = _in(config, data_dir, lambda tx, _: book.listing(tx))
     if json_:
         say_json({"accounts": [vars(a) for a in found]})
         return
@@ -179,6 +162,30 @@ def accounts_list(
             for a in found
         ],
     )  # fmt: skip
+
+
+@accounts.command("set")
+def accounts_set(
+    account: Annotated[str, typer.Argument(help="Its name or id.", show_default=False)],
+    plan: Annotated[str | None, typer.Option(help="Another plan.", show_default=False)] = None,
+    weight: Annotated[
+        float | None, typer.Option(help="Its share of the workers against others' (1).", show_default=False)
+    ] = None,
+    disabled: Annotated[
+        bool | None, typer.Option("--disable/--enable", help="Refuse its keys, or not.", show_default=False)
+    ] = None,
+    data_dir: DataDir = None,
+    config: Config = None,
+    debug: Debug = False,
+) -> None:
+    """Change an account's plan or weight, or disable it."""
+    from mutoscope.jobs import accounts as book
+
+    def act(tx: Tx, _: Settings) -> Any:
+        return book.change(tx, book.named(tx, account).id, plan=plan, weight=weight, disabled=disabled)
+
+    a = _in(config, data_dir, act)
+    say(f"{a.name}: plan {a.plan}, weight {a.weight:g}{', disabled' if a.disabled_at else ''}.")
 
 
 @credits_.command("grant")
@@ -197,8 +204,8 @@ def credits_grant(
     from mutoscope.jobs import ledger
 
     def act(tx: Tx, _: Settings) -> int:
-        ledger.grant(tx, book.get(tx, account).id, amount, note)
-        return book.get(tx, account).balance
+        ledger.grant(tx, book.named(tx, account).id, amount, note)
+        return book.named(tx, account).balance
 
     say(f"{account} has {_in(config, data_dir, act)} credits now.")
 
@@ -212,14 +219,15 @@ def jobs_list(
         list[str] | None,
         typer.Option(help="Only these: queued, running, ... Repeatable.", show_default=False),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000)] = 20,
-    account: Account = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many.")] = 20,
+    account: OfAccount = None,
     data_dir: DataDir = None,
     config: Config = None,
     json_: Json = False,
     debug: Debug = False,
 ) -> None:
     """List jobs, the newest first; of all accounts unless one is named."""
+    from mutoscope.jobs import accounts as book
     from mutoscope.jobs import queue, view
     from mutoscope.jobs.model import State
 
@@ -229,7 +237,8 @@ def jobs_list(
     states = tuple(State(s) for s in state or ())
 
     def act(tx: Tx, _: Settings) -> Any:
-        page = queue.listing(tx, account, limit=limit, states=states)
+        owner = book.named(tx, account).id if account else None
+        page = queue.listing(tx, owner, limit=limit, states=states)
         return [view.public(tx, job) for job in page.jobs] if json_ else page.jobs
 
     found = _in(config, data_dir, act)

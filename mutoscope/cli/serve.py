@@ -151,7 +151,7 @@ def open_service(settings: Settings) -> tuple[Database, str | None]:
     db = Database(settings.database)
     migrations.upgrade(db)
     with db.write() as tx:
-        return db, accounts.first_run(tx)
+        return db, accounts.first_run(tx, plan=settings.plan)
 
 
 def open_data(config: Path | None, data_dir: Path | None) -> tuple[Settings, Database]:
