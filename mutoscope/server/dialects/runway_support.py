@@ -81,8 +81,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("keyframes.range", "keyframes act on the whole clip; leave range out"),
     Refusal(
         "outputFormat",
-        "there is no encoder for it; mp4, prores, png_sequence, hdr10, hlg and hdr_exr_sequence exist",
-        ("sdr_rec709_10bit", "hdr_pq_12bit_master", "hdr_prores", "hdr_png_sequence", "hdr_exr_acescg_sequence_1_3",
+        "there is no encoder for it; mp4, prores, png_sequence, hdr10, hlg, hdr_prores and hdr_exr_sequence exist",
+        ("sdr_rec709_10bit", "hdr_pq_12bit_master", "hdr_png_sequence", "hdr_exr_acescg_sequence_1_3",
          "hdr_exr_acescg_sequence_2_0"),
     ),
     Refusal("model", "it draws vector graphics, models here make pixels", ("recraft_v4_1_vector",)),
@@ -96,6 +96,7 @@ FORMATS: dict[str, tuple[OutputFormat, bool]] = {
     "png_sequence": ("png_sequence", False),
     "hdr10": ("hdr10", True),
     "hlg": ("hlg", True),
+    "hdr_prores": ("prores", True),
     "hdr_exr_sequence": ("exr_sequence", True),
     "png": ("png", False),
     "jpeg": ("jpeg", False),

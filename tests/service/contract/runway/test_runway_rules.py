@@ -119,7 +119,8 @@ def test_all_issues_are_named_at_once() -> None:
         ("contentModeration", "low", False),
         ("outputFormat", "prores", True),
         ("outputFormat", "hdr10", True),
-        ("outputFormat", "hdr_prores", False),
+        ("outputFormat", "hdr_prores", True),
+        ("outputFormat", "sdr_rec709_10bit", False),
         ("outputFormat", "avi", False),
         ("proresProfile", "422", False),  # without outputFormat prores
     ],

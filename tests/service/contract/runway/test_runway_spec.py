@@ -93,7 +93,7 @@ def test_a_size_without_a_shape_that_cannot_be_met_is_refused() -> None:
 @pytest.mark.parametrize(
     ("asked", "format", "hdr"),
     [("mp4", "mp4", False), ("prores", "prores", False), ("png_sequence", "png_sequence", False),
-     ("hdr10", "hdr10", True), ("hlg", "hlg", True), ("hdr_exr_sequence", "exr_sequence", True)],
+     ("hdr10", "hdr10", True), ("hlg", "hlg", True), ("hdr_prores", "prores", True), ("hdr_exr_sequence", "exr_sequence", True)],
 )  # fmt: skip
 def test_output_formats(asked: str, format: str, hdr: bool) -> None:
     spec = spec_of(
@@ -209,7 +209,8 @@ def test_the_rest() -> None:
          "empty"),
         ("video_upscale", {"model": "magnific_video_upscaler_creative", "videoUri": CLIP, "fpsBoost": True},
          "enhance_frame_rate"),
-        ("video_to_hdr", {"model": "ruby", "videoUri": CLIP, "outputFormat": "hdr_prores"}, "no encoder"),
+        ("video_to_hdr", {"model": "ruby", "videoUri": CLIP, "outputFormat": "hdr_exr_acescg_sequence_1_3"},
+         "no encoder"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_a_reason(endpoint: str, body: dict[str, Any], word: str) -> None:
