@@ -125,31 +125,30 @@ class Sandbox:
             "wall_s": self.limits.wall_s,
         }
         line = json.dumps({**request, **limits}).encode() + b"\n"
-        for attempt in (1, 2):
+        for _ in range(2):
             mine, theirs = socket.socketpair()
             with mine:
                 with theirs:
-                    sent = self._hand_over(theirs)
-                if sent:
-                    answer = self._exchange(mine, line)
-                    if answer is not None:
-                        return answer
-            if attempt == 1:  # the helper itself died: a new one gets the file
-                with self._lock:
+                    helper = self._hand_over(theirs)
+                answer = self._exchange(mine, line)
+                if answer is not None:
+                    return answer
+            with self._lock:  # the helper itself died: a new one gets the file
+                if self._helper is helper:  # and no other thread has replaced it
                     self._stop()
+        command = f"{Path(sys.executable).name} -m {_HELPER} 0"
         raise ResourceError(
-            "The process that opens uploaded files does not start.", hint="See the log of the server."
+            "The process that opens uploaded files does not start.", hint=f"{command} says why."
         )
 
-    def _hand_over(self, theirs: socket.socket) -> bool:
+    def _hand_over(self, theirs: socket.socket) -> subprocess.Popen[bytes] | None:
+        """Give a socket to the helper, which forks for it; that helper."""
         with self._lock:
             control = self._started()
-            try:
-                rights = array.array("i", [theirs.fileno()])
+            rights = array.array("i", [theirs.fileno()])
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # whoever waits will notice
                 control.sendmsg([b"p"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-            except OSError:
-                return False
-            return True
+            return self._helper
 
     def _exchange(self, mine: socket.socket, line: bytes) -> dict[str, Any] | None:
         """The answer; None if the helper died before it forked."""
