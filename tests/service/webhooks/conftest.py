@@ -6,6 +6,7 @@ import dataclasses
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -91,6 +92,7 @@ class Receiver:
 
     def __init__(self) -> None:
         self.got: list[tuple[str, dict[str, str], bytes]] = []
+        self.times: dict[str, float] = {}
         self.arrived = threading.Semaphore(0)
         self.release = threading.Event()  # lets everything go that hangs
         outer = self
@@ -98,6 +100,7 @@ class Receiver:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                outer.times[self.path] = time.monotonic()
                 outer.got.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
                 outer.arrived.release()
                 outer.behave(self)
