@@ -62,6 +62,23 @@ class Limits:
     size_multiple: int = 16
 
 
+TASKS = ("text", "keyframes", "references", "control", "repaint", "outpaint", "extend", "tracks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What the service's router knows about the model.
+
+    tasks: what it follows; empty: all, or only text for models named t2v. quality: 0 to 1, against other models.
+    price_factor: on the price list. max_queue: waiting jobs from which it counts as full; 0: never.
+    """
+
+    tasks: tuple[str, ...] = ()
+    quality: float = 0.5
+    price_factor: float = 1.0
+    max_queue: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFile:
     """A file of an installed set. What a pull knew about it is kept."""
@@ -100,6 +117,7 @@ class ModelManifest:
     notes: str = ""
     sizes: tuple[tuple[int, int], ...] = ()
     limits: Limits = field(default_factory=Limits)
+    service: Serving = field(default_factory=Serving)
 
     def check_files(self) -> None:
         """Raise if a file is missing or has another size than when it was installed."""
@@ -124,7 +142,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 _TEXT_KEYS = ("name", "title", "licence", "notes")
-_TOP_KEYS = (*_TEXT_KEYS, "files", "defaults", "sizes", "limits")
+_TOP_KEYS = (*_TEXT_KEYS, "files", "defaults", "sizes", "limits", "service")
 _FILE_KEYS = ("path", "sha256", "size_bytes", "source")
 
 
@@ -147,6 +165,7 @@ def read_manifest(path: str | Path) -> ModelManifest:
         files=_files(_section(table, "files", path), path),
         defaults=_defaults(_section(table, "defaults", path), path),
         limits=_record(Limits, table.get("limits", {}), f"{path} [limits]"),
+        service=_serving(table.get("service", {}), f"{path} [service]"),
         sizes=_sizes(table.get("sizes", []), path),
     )
 
@@ -178,6 +197,10 @@ def write_manifest(manifest: ModelManifest, path: str | Path) -> None:
         lines += [
             f"{k} = {_toml(v)}" for k, v in vars(getattr(manifest, section)).items() if v not in ("", 0)
         ]
+    told = {k: v for k, v in vars(manifest.service).items() if v != getattr(Serving(), k)}
+    if told:
+        lines += ["", "[service]"]
+        lines += [f"{k} = {_toml(list(v) if isinstance(v, tuple) else v)}" for k, v in told.items()]
     part = path.with_name(path.name + ".part")
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(part, path)
@@ -242,6 +265,21 @@ def _defaults(table: Mapping[str, Any], path: Path) -> Defaults:
     if defaults.frames % 4 != 1:
         raise FileError(f"{where}: frames is {defaults.frames}, 4n+1 expected.", hint="For example 17 or 81.")
     return defaults
+
+
+def _serving(table: Any, where: str) -> Serving:
+    if not isinstance(table, dict):
+        raise FileError(f"{where}: is {_kind(table)}, a table expected.")
+    tasks = table.get("tasks", [])
+    if not isinstance(tasks, list) or not all(task in TASKS for task in tasks):
+        raise FileError(f"{where}: tasks is {tasks!r}, a list of some of {', '.join(TASKS)} expected.")
+    _only(table, [f.name for f in fields(Serving)], where)
+    numbers = {"quality": float, "price_factor": float, "max_queue": int}
+    values = {key: _typed(table, key, numbers[key], where, None) for key in table if key != "tasks"}
+    made = Serving(tasks=tuple(tasks), **values)
+    if not (0 <= made.quality <= 1 and made.price_factor >= 0 and made.max_queue >= 0):
+        raise FileError(f"{where}: quality is 0 to 1, price_factor and max_queue are not below 0.")
+    return made
 
 
 def _sizes(value: Any, path: Path) -> tuple[tuple[int, int], ...]:

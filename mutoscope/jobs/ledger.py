@@ -1,0 +1,140 @@
+"""Credits: an append-only double-entry ledger.
+
+Every entry moves an amount from one book account to another:
+
+    grant     grants      -> wallet:A    credits given or bought
+    reserve   wallet:A    -> held:A      at submit, what the job may cost
+    capture   held:A      -> income      at success, what it costs
+    release   held:A      -> wallet:A    the rest; all of it at failure and at cancel
+
+`accounts.balance` is the wallet and `accounts.reserved` is what is held, changed in the same transaction. A job has at
+most one entry of each kind (a unique key), so nothing is charged twice. A job that is cancelled costs nothing, even if it
+ran: it is one's own machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from mutoscope.jobs.database import Tx
+from mutoscope.jobs.errors import InvalidRequest, OutOfCredits
+from mutoscope.jobs.model import Job, State
+from mutoscope.jobs.schema import accounts, jobs, ledger
+
+INCOME = "income"
+GRANTS = "grants"
+
+
+def wallet(account_id: str) -> str:
+    return f"wallet:{account_id}"
+
+
+def held(account_id: str) -> str:
+    return f"held:{account_id}"
+
+
+def grant(tx: Tx, account_id: str, amount: int, note: str = "") -> None:
+    """Give credits. `amount` above 0."""
+    if amount <= 0:
+        raise InvalidRequest(f"amount = {amount}, expected a whole number above 0.", field="amount")
+    _enter(tx, account_id, "grant", GRANTS, wallet(account_id), amount, note=note)
+    tx.run(sa.update(accounts).where(accounts.c.id == account_id).values(balance=accounts.c.balance + amount))
+
+
+def reserve(tx: Tx, job: Job, *, overdraft: bool = False) -> None:
+    """Hold what the job may cost; see `reserve_many`."""
+    reserve_many(tx, [job], overdraft=overdraft)
+
+
+def reserve_many(tx: Tx, made: Sequence[Job], *, overdraft: bool = False) -> None:
+    """Hold what jobs of one account may cost, all or nothing.
+
+    Raises:
+        OutOfCredits: the balance does not cover it (never with `overdraft`).
+    """
+    account_id, total = made[0].account_id, sum(job.cost for job in made)
+    change = sa.update(accounts).where(accounts.c.id == account_id)
+    if not overdraft:
+        change = change.where(accounts.c.balance >= total)
+    moved = {"balance": accounts.c.balance - total, "reserved": accounts.c.reserved + total}
+    if not tx.run(change.values(moved)):
+        balance = tx.scalar(sa.select(accounts.c.balance).where(accounts.c.id == account_id))
+        what = "This job" if len(made) == 1 else f"These {len(made)} jobs"
+        raise OutOfCredits(
+            f"{what} may cost {total} credits and the balance is {balance}.",
+            hint="Add credits, or choose a shorter or smaller video, or a draft.",
+        )
+    books = {"debit": wallet(account_id), "credit": held(account_id)}
+    common = {"at": tx.now, "account_id": account_id, "kind": "reserve", "note": "", **books}
+    rows = [{**common, "job_id": j.id, "key_id": j.key_id, "model": j.model, "amount": j.cost} for j in made]
+    tx.conn.execute(sa.insert(ledger), rows)
+
+
+def settle(tx: Tx, job: Job) -> int:
+    """The job has ended: take what it costs, give the rest back. Returns what was taken."""
+    reserved = tx.scalar(
+        sa.select(ledger.c.amount).where(ledger.c.job_id == job.id, ledger.c.kind == "reserve")
+    )
+    if reserved is None:
+        return 0
+    cost = int(reserved) if job.state is State.SUCCEEDED else 0
+    back = int(reserved) - cost
+    mine = held(job.account_id)
+    if cost:
+        _enter(tx, job.account_id, "capture", mine, INCOME, cost, job=job)
+        tx.run(sa.update(jobs).where(jobs.c.id == job.id).values(cost_captured=cost))
+    if back or not cost:
+        _enter(tx, job.account_id, "release", mine, wallet(job.account_id), back, job=job)
+    moved = {"balance": accounts.c.balance + back, "reserved": accounts.c.reserved - int(reserved)}
+    tx.run(sa.update(accounts).where(accounts.c.id == job.account_id).values(moved))
+    return cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imbalance:
+    """An account whose sums do not agree with the ledger."""
+
+    account_id: str
+    balance: int
+    balance_by_ledger: int
+    reserved: int
+    reserved_by_ledger: int
+
+
+def check(tx: Tx) -> list[Imbalance]:
+    """Accounts whose balance or reserve is not what the ledger says. Empty: all is well."""
+    sums: dict[str, int] = {}
+    for side, sign in ((ledger.c.credit, 1), (ledger.c.debit, -1)):
+        for book, total in tx.all(sa.select(side, sa.func.sum(ledger.c.amount)).group_by(side)):
+            sums[book] = sums.get(book, 0) + sign * int(total)
+    wrong = []
+    for row in tx.all(sa.select(accounts.c.id, accounts.c.balance, accounts.c.reserved)):
+        by_ledger = sums.get(wallet(row.id), 0), sums.get(held(row.id), 0)
+        if (row.balance, row.reserved) != by_ledger:
+            wrong.append(
+                Imbalance(account_id=row.id, balance=row.balance, balance_by_ledger=by_ledger[0],
+                          reserved=row.reserved, reserved_by_ledger=by_ledger[1])
+            )  # fmt: skip
+    return wrong
+
+
+def _enter(
+    tx: Tx,
+    account_id: str,
+    kind: str,
+    debit: str,
+    credit: str,
+    amount: int,
+    *,
+    job: Job | None = None,
+    note: str = "",
+) -> None:
+    tx.run(
+        sa.insert(ledger).values(
+            at=tx.now, account_id=account_id, job_id=job and job.id, key_id=job and job.key_id,
+            model=job.model if job else "", kind=kind, debit=debit, credit=credit, amount=amount, note=note,
+        )
+    )  # fmt: skip

@@ -1,0 +1,127 @@
+"""The models that can be asked for: the starter and what is installed, with what the router has to know of each."""
+
+from __future__ import annotations
+
+import threading
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mutoscope.catalog import POCKET, default_models_dir, find_model, installed_models
+from mutoscope.errors import FileError
+from mutoscope.jobs.errors import InvalidRequest
+from mutoscope.jobs.spec import JobSpec
+from mutoscope.manifest import TASKS, ModelManifest, suggest
+
+AUTO = "auto"
+FRESH_S = 2.0
+"""A model that was pulled is seen after this time at the latest."""
+WITHOUT_MODEL = ("upscale", "reframe_rate", "hdr")
+"""Operations that work on finished files; any worker can do them."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model set."""
+
+    manifest: ModelManifest
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it follows; see `manifest.TASKS`."""
+        told = self.manifest.service.tasks
+        return told or (("text",) if "t2v" in self.name.lower() else TASKS)
+
+    @property
+    def quality(self) -> float:
+        return self.manifest.service.quality
+
+    @property
+    def most_frames(self) -> int:
+        """The longest video that it was made for."""
+        return max(self.manifest.defaults.frames, self.manifest.limits.max_frames)
+
+
+def tasks_of(spec: JobSpec) -> tuple[str, ...]:
+    """What a model has to follow for this spec."""
+    if spec.operation in WITHOUT_MODEL:
+        return ()
+    needed = {
+        "text": bool(spec.prompt),
+        "keyframes": bool(spec.keyframes),
+        "references": bool(spec.references),
+        "control": spec.control is not None
+        or (spec.source is not None and not (spec.mask or spec.boxes or spec.outpaint or spec.reframe)),
+        "repaint": spec.mask is not None or bool(spec.boxes),
+        "outpaint": spec.outpaint is not None or bool(spec.reframe),
+        "extend": spec.extend_start is not None or spec.extend_end is not None,
+        "tracks": bool(spec.tracks),
+    }
+    return tuple(task for task, is_needed in needed.items() if is_needed)
+
+
+class Registry:
+    """Reads the models folder when asked, at most every FRESH_S. `aliases`: on top of the shipped table."""
+
+    def __init__(self, models_dir: Path | None = None, aliases: Mapping[str, str] | None = None) -> None:
+        self.models_dir = models_dir or default_models_dir()
+        shipped = tomllib.loads((Path(__file__).parent / "aliases.toml").read_text("utf-8"))
+        self.aliases: dict[str, str] = {**shipped, **(aliases or {})}
+        self._lock = threading.Lock()
+        self._read_at = -FRESH_S
+        self._models: tuple[Model, ...] = ()
+
+    def models(self) -> tuple[Model, ...]:
+        """The starter first, then what is installed and whole, by name."""
+        with self._lock:
+            if time.monotonic() - self._read_at >= FRESH_S:
+                self._models = self._read()
+                self._read_at = time.monotonic()
+            return self._models
+
+    def get(self, name: str) -> Model:
+        """A model by its own name.
+
+        Raises:
+            InvalidRequest: there is none.
+        """
+        for model in self.models():
+            if model.name == name:
+                return model
+        raise self._unknown(name)
+
+    def target(self, name: str) -> str:
+        """What a name stands for: the name of a model, or "auto".
+
+        Raises:
+            InvalidRequest: neither a model, nor an alias, nor "auto".
+        """
+        if name == AUTO or any(model.name == name for model in self.models()):
+            return name
+        if name not in self.aliases:
+            raise self._unknown(name)
+        meant = self.aliases[name]
+        return meant if meant == AUTO else self.get(meant).name
+
+    def _unknown(self, name: str) -> InvalidRequest:
+        own = [model.name for model in self.models()]
+        near = suggest(name, [*own, *self.aliases])
+        hint = near or f"Installed: {', '.join(own)}. `mutoscope pull` installs more."
+        return InvalidRequest(f"No model {name!r}.", field="model", hint=hint)
+
+    def _read(self) -> tuple[Model, ...]:
+        found = []
+        try:
+            found.append(Model(find_model(POCKET, self.models_dir)))
+        except FileError:  # a wheel without the starter's weights
+            pass
+        for installed in installed_models(self.models_dir):
+            if installed.manifest is not None and not installed.problem:
+                found.append(Model(installed.manifest))
+        return tuple(found)
