@@ -43,6 +43,7 @@ class Rules:
     ids: tuple[str, ...] = ()
     max_credits: dict[str, int] = field(default_factory=dict)  # by "video", "image"
     on_capacity: bool = True  # take the next model when the best one is full
+    shown: dict[str, Any] = field(default_factory=dict)  # whatever a dialect wants back
 
     def allows(self, model: str) -> bool:
         return (model in self.ids) == (self.mode == "allowlist_only")

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mutoscope.jobs import endpoints, eta, ledger, plans, queue
+from mutoscope.jobs import assets, endpoints, eta, ledger, plans, queue
 from mutoscope.jobs import router as routing
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import Forbidden, InvalidRequest, NotFound
@@ -96,6 +96,8 @@ class Service:
         plans.check(tx, account, spec, tier=new.resolved.tier, cost=new.cost)
         job = queue.insert(tx, new)
         ledger.reserve(tx, job, overdraft=plans.plan_of(account).overdraft)
+        named = [media.asset for media in spec.media() if media.asset is not None]
+        assets.used(tx, named, hours=self.settings.upload_hours)
         router_id = self._router(tx, caller, router)[1]
         routing.keep(tx, account.id, prepared.decision, job_id=job.id, router_id=router_id)
         return job
