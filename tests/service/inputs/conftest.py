@@ -9,7 +9,6 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,6 @@ import pytest
 import trustme
 from PIL import Image
 
-from mutoscope.jobs import schema
-from mutoscope.jobs.database import Database
 from mutoscope.media import sandbox
 from mutoscope.media.write import VideoWriter
 
@@ -66,17 +63,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def sandbox_ends() -> Iterator[None]:
     yield
     sandbox.close()
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    db = Database(f"sqlite:///{tmp_path / 'test.db'}", clock=lambda: 1_800_000_000.0)
-    schema.metadata.create_all(db.engine)
-    with db.write() as tx:
-        for name in ("acct", "other"):
-            tx.run(schema.accounts.insert().values(id=name, name=name, plan="unlimited", created_at=tx.now))
-    yield db
-    db.close()
 
 
 Serve = Callable[[BaseHTTPRequestHandler], None]

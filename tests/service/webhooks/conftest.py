@@ -14,42 +14,10 @@ from typing import Any
 
 import pytest
 
-from mutoscope.jobs import schema, webhooks
-from mutoscope.jobs.database import Database
+from mutoscope.jobs import webhooks
 from mutoscope.jobs.model import Job, Priority, Resolved, State
 from mutoscope.settings import Settings
-
-START = 1_800_000_000.0
-
-
-class Clock:
-    """Time that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = START
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def db(tmp_path: Path, clock: Clock) -> Iterator[Database]:
-    db = Database(f"sqlite:///{tmp_path / 'test.db'}", clock=clock)
-    schema.metadata.create_all(db.engine)
-    yield db
-    db.close()
-
-
-@pytest.fixture
-def account(db: Database) -> str:
-    with db.write() as tx:
-        tx.run(schema.accounts.insert().values(id="acct", name="test", plan="unlimited", created_at=tx.now))
-    return "acct"
+from tests.service.databases import START
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from mutoscope.jobs.errors import InvalidRequest, NotFound
 from mutoscope.jobs.model import State
 from mutoscope.jobs.webhooks import Answer, deliver_due
 from mutoscope.settings import Settings
-from tests.service.webhooks.conftest import START, Clock, Sends, make_job
+from tests.service.databases import START, Clock
+from tests.service.webhooks.conftest import Sends, make_job
 
 URL = "https://example.com/hook"
 pytestmark = pytest.mark.usefixtures("account")

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,44 +15,11 @@ from standardwebhooks import Webhook
 
 from mutoscope.jobs import endpoints, outbox, webhooks
 from mutoscope.jobs.database import Database
-from mutoscope.jobs.outbox import Delivery
-from mutoscope.jobs.webhooks import Answer, deliver_due
+from mutoscope.jobs.webhooks import Answer
 from mutoscope.settings import Settings
-from tests.service.webhooks.conftest import START, Clock, Receiver, Sends, make_job
-
-URL = "https://example.com/hook"
-
-
-def no_jitter() -> float:
-    return 0.0
-
-
-def deliver(db: Database, settings: Settings, send: Any = None, **options: Any) -> int:
-    return deliver_due(db, settings, send, **{"jitter": no_jitter, **options})
-
-
-def endpoint(
-    db: Database, settings: Settings, url: str = URL, events: tuple[str, ...] = ()
-) -> endpoints.Endpoint:
-    with db.write() as tx:
-        return endpoints.create(tx, settings, "acct", url, events)
-
-
-def tell(db: Database, event: str = "job.running", **job: Any) -> None:
-    with db.write() as tx:
-        outbox.enqueue(tx, make_job(**job), event)
-
-
-def rows(db: Database) -> list[Delivery]:
-    """Oldest first."""
-    with db.read() as tx:
-        return outbox.listing(tx, "acct")[::-1]
-
-
-def only(db: Database) -> Delivery:
-    (row,) = rows(db)
-    return row
-
+from tests.service.databases import START, Clock
+from tests.service.webhooks.conftest import Receiver, Sends, make_job
+from tests.service.webhooks.telling import URL, deliver, endpoint, only, rows, tell
 
 # -- signatures ----------------------------------------------------------------------------------------------
 
@@ -260,118 +226,7 @@ def test_progress_is_not_retried_for_days(
     assert only(db).state == "failed"
 
 
-# -- receivers -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("path", "state", "status", "error"),
-    [
-        ("/200", "delivered", 200, ""),
-        ("/204", "delivered", 204, ""),
-        ("/slow", "delivered", 200, ""),
-        ("/301", "pending", 301, "answered 301"),
-        ("/307", "pending", 307, "answered 307"),
-        ("/404", "pending", 404, "answered 404"),
-        ("/410", "failed", 410, "answered 410"),
-        ("/429", "pending", 429, "answered 429"),
-        ("/500", "pending", 500, "answered 500"),
-        ("/reset", "pending", None, "the receiver"),
-        ("/garbage", "pending", None, "does not speak HTTP"),
-    ],
-)
-def test_receivers(
-    db: Database, settings: Settings, account: str, receiver: Receiver, path: str, state: str, status: int | None,
-    error: str,
-) -> None:  # fmt: skip
-    made = endpoint(db, settings, receiver.url(path))
-    tell(db)
-    assert deliver(db, settings) == 1
-    row = only(db)
-    assert (row.state, row.last_status) == (state, status)
-    assert error in row.last_error
-    assert (row.last_error == "") == (state == "delivered")
-    assert [got[0] for got in receiver.got] == [path], "one request, and no redirect followed"
-    assert receiver.got[0][1]["content-type"] == "application/json"
-    with db.read() as tx:
-        assert (endpoints.get(tx, "acct", made.id).disabled_at is not None) == (status == 410)
-    if status == 429:
-        assert row.next_at == START + 1234
-
-
-def test_receiver_that_never_answers(
-    db: Database, settings: Settings, account: str, receiver: Receiver
-) -> None:
-    endpoint(db, settings, receiver.url("/hang"))
-    tell(db)
-    short = settings.model_copy(update={"webhook_timeout_s": 0.2})
-    assert deliver(db, short) == 1
-    assert only(db).last_error == "the receiver did not answer within 0.2 s"
-    assert only(db).next_at == START + 5
-
-
-def test_receiver_that_is_not_there(
-    db: Database, settings: Settings, account: str, receiver: Receiver
-) -> None:
-    url = receiver.url("/200")
-    receiver.close()
-    endpoint(db, settings, url)
-    tell(db)
-    deliver(db, settings)
-    assert "cannot be connected to" in only(db).last_error
-
-
-def test_private_receiver_is_not_contacted_unless_allowed(
-    db: Database, settings: Settings, account: str, receiver: Receiver
-) -> None:
-    endpoint(db, settings, receiver.url("/200"))
-    tell(db)
-    strict = settings.model_copy(update={"allow_private_hosts": ()})
-    deliver(db, strict)
-    assert "allow_private_hosts" in only(db).last_error
-    assert only(db).state == "pending"
-    assert receiver.got == []
-
-
-def test_name_that_moves_to_a_private_address_is_not_contacted(
-    db: Database, settings: Settings, account: str, receiver: Receiver
-) -> None:
-    endpoint(db, settings, f"https://rebind.example:{receiver.port}/200")
-    tell(db)
-    strict = settings.model_copy(update={"allow_private_hosts": ()})
-    deliver(db, strict, webhooks.sender(strict, resolver=lambda host, port: ["127.0.0.1"]))
-    assert "private" in only(db).last_error
-    assert receiver.got == []
-
-
-def test_one_hung_receiver_delays_nobody(db: Database, settings: Settings, account: str) -> None:
-    """100 endpoints, one hangs and has the most to be sent: p99 of the others under 2 s, on wall time."""
-    hung, well = Receiver(), Receiver()
-    paths = [f"/200/{i}" for i in range(99)]
-    for i in range(300):
-        tell(db, "job.succeeded", id=f"hung-{i}", spec={"prompt": "a ball", "webhook_url": hung.url("/hang")})
-    done = threading.Event()
-    told: dict[str, float] = {}
-
-    def run() -> None:
-        deliver(db, settings.model_copy(update={"webhook_timeout_s": 30.0}), should_stop=done.is_set)
-
-    sending = threading.Thread(target=run)
-    try:
-        sending.start()
-        assert hung.arrived.acquire(timeout=10)
-        for path in paths:  # they come while the hung ones are already in the air
-            tell(db, "job.succeeded", id=path, spec={"prompt": "a ball", "webhook_url": well.url(path)})
-            told[path] = time.monotonic()
-        for _ in paths:
-            assert well.arrived.acquire(timeout=10)
-    finally:
-        done.set()
-        hung.close()
-        sending.join()
-        well.close()
-    assert set(well.times) == set(paths)
-    assert sorted(well.times[path] - told[path] for path in paths)[97] < 2.0
-    assert len(hung.got) <= webhooks.PER_ORIGIN
+# -- processes that die, and one another's way ---------------------------------------------------------------
 
 
 def test_account_with_many_hung_receivers_delays_no_other(
@@ -411,9 +266,6 @@ def test_account_with_many_hung_receivers_delays_no_other(
         sending.join()
     assert 0 < most[1] <= webhooks.PER_ACCOUNT
     assert {row.state for row in rows(db)} == {"delivered"}
-
-
-# -- processes that die --------------------------------------------------------------------------------------
 
 
 def test_delivery_of_a_dead_process_is_sent_again_with_the_same_id(
