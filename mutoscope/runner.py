@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from mutoscope.errors import FileError, RequestError
 from mutoscope.events import Event
+from mutoscope.manifest import ModelManifest
 from mutoscope.request import GenerationRequest
 from mutoscope.settings import Settings
 
@@ -27,8 +28,8 @@ class Runner(Protocol):
 
     def __init__(self, device: str, settings: Settings) -> None: ...
 
-    def load(self, model: str) -> None:
-        """Make `model` the one that runs; raises what says why it cannot."""
+    def load(self, manifest: ModelManifest) -> None:
+        """Make this model the one that runs; raises what says why it cannot."""
 
     def run(self, request: GenerationRequest) -> Iterator[Event]:
         """Make one video with the loaded model; see `engine.pipeline.generate`."""
@@ -61,17 +62,13 @@ class WanRunner:
                 f"device {device!r}: cannot be used here ({str(e).splitlines()[0]}).",
                 hint="mutoscope doctor lists what can.",
             ) from e
-        self.device, self.models_dir = device, settings.models_dir
+        self.device = device
         self._models: Models | None = None
 
-    def load(self, model: str) -> None:
-        from mutoscope.catalog import find_model
+    def load(self, manifest: ModelManifest) -> None:
         from mutoscope.engine.pipeline import Models
 
-        if self._models is not None and self._models.manifest.name == model:
-            return
         self.release()
-        manifest = find_model(model, self.models_dir)
         manifest.check_files()
         models = Models(manifest, self.device)
         _ = models.dit, models.vae, models.text  # opened now, so that a broken file shows here

@@ -34,7 +34,6 @@ import sqlalchemy as sa
 from PIL import Image
 
 from mutoscope import __version__
-from mutoscope.catalog import POCKET, find_model, installed_models
 from mutoscope.errors import (
     Cancelled,
     FileError,
@@ -49,6 +48,8 @@ from mutoscope.jobs import eta, fetch, queue, translate, workers
 from mutoscope.jobs.checkpoints import checkpoint
 from mutoscope.jobs.database import Database, Tx
 from mutoscope.jobs.model import Failure, Job, Output, State
+from mutoscope.jobs.registry import WITHOUT_MODEL, Registry
+from mutoscope.jobs.resolve import SHORT_SIDE
 from mutoscope.jobs.schema import jobs
 from mutoscope.jobs.spec import JobSpec
 from mutoscope.media.deliver import Delivered, Delivery
@@ -68,8 +69,6 @@ PROGRESS_S = 0.5
 IDLE_S = 0.1
 """How often an idle worker looks for a job: one indexed read, and a claim only if something waits."""
 PREVIEW_PX = 256
-GENERATES = ("video", "image")
-"""Operations of the generator; the others work on finished clips."""
 ENCODE_SHARE = 0.02
 BEFORE_SHARE, DENOISE_SHARE = 0.03, 0.87
 """Of the progress: what comes before denoising, and denoising; the rest is decoding and writing."""
@@ -125,6 +124,7 @@ class Worker:
     ) -> None:
         self.db, self.settings, self.runner, self.device = db, settings, runner, device
         self.id = worker_id or f"worker-{uuid.uuid4()}"
+        self.registry = Registry(settings.models_dir, settings.aliases)
         self.model, self.switches = "", 0
         self._lease: _Lease | None = None
         self._draining = threading.Event()
@@ -181,8 +181,7 @@ class Worker:
 
     def _models(self) -> tuple[str, ...]:
         """What this worker can run: asked at every claim, since models are pulled while it lives."""
-        found = (m.name for m in installed_models(self.settings.models_dir) if m.manifest is not None)
-        return (POCKET, *found)
+        return tuple(model.name for model in self.registry.models())
 
     def _preload(self) -> None:
         if self.settings.preload:
@@ -235,14 +234,14 @@ class Worker:
         except Cancelled:
             self._look(lease)
             raise
-        if spec.operation in GENERATES:
+        if spec.operation in WITHOUT_MODEL:
+            made, facts = self._operate(lease, spec, files, folder), {"seed": job.resolved.seed}
+        else:
             made, request = self._generate(lease, spec, files, folder)
             facts = {
                 "model": job.model, "seed": request.seed, "steps": request.steps,
                 "generated_width": request.width, "generated_height": request.height,
             }  # fmt: skip
-        else:
-            made, facts = self._operate(lease, spec, files, folder), {"seed": job.resolved.seed}
         where = f"outputs/{job.id}/{job.fence}"
         outputs = [
             Output(role=f.role, path=f"{where}/{f.name}", mime=f.mime, size_bytes=(folder / f.name).stat().st_size,
@@ -260,7 +259,7 @@ class Worker:
         self, lease: _Lease, spec: JobSpec, files: translate.Files, folder: Path
     ) -> tuple[list[Delivered], GenerationRequest]:
         job, r = lease.job, lease.job.resolved
-        manifest = find_model(job.model, self.settings.models_dir)
+        manifest = self.registry.get(job.model).manifest
         request = plan(translate.generation_request(spec, r, files), manifest)
         if self.model != job.model:
             lease.at("load", 0.01)
@@ -280,11 +279,14 @@ class Worker:
     def _operate(self, lease: _Lease, spec: JobSpec, files: translate.Files, folder: Path) -> list[Delivered]:
         """Enlarge, change the frame rate, or expand to HDR: no model is needed."""
         assert spec.source is not None
-        size = (spec.width, spec.height) if spec.width and spec.height else None
-        r = lease.job.resolved
         planned = plan_operation(
-            spec.operation, files[spec.source], scale=spec.scale, fps=spec.fps, size=size or (r.out_width, r.out_height)
-        )  # fmt: skip
+            spec.operation,
+            files[spec.source],
+            scale=spec.scale,
+            size=(spec.width, spec.height) if spec.width and spec.height else None,
+            short_side=SHORT_SIDE[spec.resolution] if spec.resolution else None,
+            fps=spec.fps,
+        )
         delivery = Delivery(
             folder, format=spec.format or ("png" if planned.is_still else "mp4"),
             hdr=spec.hdr or spec.operation == "hdr", width=planned.width, height=planned.height, fps=planned.fps,
@@ -334,7 +336,7 @@ class Worker:
         self.switches += bool(self.model)
         self.model = ""
         try:
-            self.runner.load(model)
+            self.runner.load(self.registry.get(model).manifest)
         except Exception as e:
             self.runner.release()
             if is_out_of_memory(e):

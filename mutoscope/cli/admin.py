@@ -318,7 +318,7 @@ def jobs_retry(
     from mutoscope.jobs import accounts as book
     from mutoscope.jobs import queue
     from mutoscope.jobs.model import Caller
-    from mutoscope.jobs.service import make_service
+    from mutoscope.jobs.service import Service
     from mutoscope.jobs.spec import JobSpec
 
     def act(tx: Tx, settings: Settings) -> str:
@@ -327,7 +327,7 @@ def jobs_retry(
             raise RequestError(f"{job_id} is {old.state}; only what has ended can be tried again.")
         caller = Caller(account=book.get(tx, old.account_id), key_id=old.key_id or "", scopes=("jobs",))
         spec = JobSpec.model_validate(old.spec)
-        return make_service(settings).submit(tx, caller, spec, dialect=old.dialect, vendor=old.vendor).id
+        return Service.make(settings).submit(tx, caller, spec, dialect=old.dialect, vendor=old.vendor).id
 
     say(_in(config, data_dir, act))
 

@@ -41,12 +41,15 @@ def plan_operation(
     *,
     scale: int | None = None,
     size: tuple[int, int] | None = None,
+    short_side: int | None = None,
     fps: float | None = None,
 ) -> Planned:
     """What `operation` ("upscale", "reframe_rate", "hdr") makes of `source`.
 
-    scale  upscale: factor of both sides; without it `size`, in pixels, is filled
-    fps    reframe_rate: the new rate
+    scale       upscale: factor of both sides; twice unless anything is said
+    size        upscale: pixels to fill
+    short_side  upscale: pixels of the shorter side; the shape stays
+    fps         reframe_rate: the new rate
 
     Raises:
         RequestError: what cannot come out. MediaError: a source that cannot be read.
@@ -56,7 +59,8 @@ def plan_operation(
     source_fps = info.fps or MAX_STILL_FPS
     frames, rate = info.frames, source_fps
     if operation == "upscale":
-        width, height = (width * scale, height * scale) if scale else size or (width * 2, height * 2)
+        factor = scale or (short_side / min(width, height) if short_side else 2)
+        width, height = (_even(width * factor), _even(height * factor)) if scale or not size else size
         if width < info.width and height < info.height:
             raise RequestError(
                 f"{width}x{height} is smaller than the source ({info.width}x{info.height}).",
@@ -84,6 +88,10 @@ def plan_operation(
         frames=frames,
         fps=rate,
     )
+
+
+def _even(value: float) -> int:
+    return max(2, round(value / 2) * 2)
 
 
 def frames_of(planned: Planned) -> Iterator[FramesHWC]:

@@ -26,6 +26,7 @@ import numpy as np
 
 from mutoscope.errors import FileError, MediaError, OutputError, RequestError
 from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
+from mutoscope.manifest import ModelManifest
 from mutoscope.request import GenerationRequest
 from mutoscope.settings import Settings
 
@@ -38,10 +39,10 @@ class FakeRunner:
         self.loads: list[str] = []
         self.released = 0
 
-    def load(self, model: str) -> None:
-        if model.startswith("bad"):
-            raise FileError(f"{model}: is damaged.")
-        self.loads.append(model)
+    def load(self, manifest: ModelManifest) -> None:
+        if manifest.name.startswith("bad"):
+            raise FileError(f"{manifest.name}: is damaged.")
+        self.loads.append(manifest.name)
 
     def release(self) -> None:
         self.released += 1

@@ -18,6 +18,7 @@ from mutoscope.events import Event, Stage, Step
 from mutoscope.jobs import assets, eta, inline, queue, workers
 from mutoscope.jobs.model import Failure, State
 from mutoscope.jobs.schema import timings
+from mutoscope.manifest import ModelManifest
 from mutoscope.media import deliver
 from mutoscope.media.read import probe
 from mutoscope.media.write import read_metadata
@@ -149,8 +150,8 @@ def test_failures_have_codes_and_the_next_job_runs(
 class BadPocket(FakeRunner):
     """Cannot load its model."""
 
-    def load(self, model: str) -> None:
-        raise FileError(f"{model} is damaged.")
+    def load(self, manifest: ModelManifest) -> None:
+        raise FileError(f"{manifest.name} is damaged.")
 
 
 def test_a_model_that_cannot_be_loaded(house: House) -> None:
