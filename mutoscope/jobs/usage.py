@@ -58,6 +58,14 @@ def by_day(tx: Tx, account_id: str | None, start: date, before: date) -> list[Us
     return sorted(rows, key=lambda r: (r.day, r.model, r.model_asked, r.operation, r.key_id or ""))
 
 
+def jobs_since(tx: Tx, account_id: str, since: float) -> list[tuple[str, str, int]]:
+    """Jobs made after a time, whatever became of them: (model asked, operation, how many)."""
+    kinds = (jobs.c.model_asked, jobs.c.operation)
+    query = sa.select(*kinds, sa.func.count().label("n")).where(jobs.c.account_id == account_id)
+    rows = tx.all(query.where(jobs.c.created_at > since).group_by(*kinds))
+    return [(row.model_asked, row.operation, int(row.n)) for row in rows]
+
+
 def days(rows: Sequence[UsageRow], start: date, before: date) -> dict[date, int]:
     """Credits of each day, days without use included."""
     totals = {start + timedelta(days=i): 0 for i in range((before - start).days)}
