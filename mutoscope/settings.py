@@ -29,7 +29,7 @@ class Settings(BaseModel):
 
     # where
     host: str = Field("127.0.0.1", description="Address that the web process listens on.")
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(8000, ge=0, le=65535, description="0: any free one.")
     data_dir: Path = Field(
         default_factory=lambda: Path(platformdirs.user_data_dir("mutoscope")) / "service",
         description="Database, uploads and outputs.",
@@ -53,8 +53,8 @@ class Settings(BaseModel):
     )
 
     # jobs
-    heartbeat_s: float = Field(10.0, gt=0)
-    lease_s: float = Field(30.0, gt=0)
+    heartbeat_s: float = Field(10.0, gt=0, description="How often a worker says that it lives.")
+    lease_s: float = Field(30.0, gt=0, description="After that long without a sign its job goes to another.")
     max_crashes: int = Field(3, ge=1, description="Crashes after which a job is given up.")
     time_limit_s: float = Field(6 * 3600, gt=0, description="Longest run of one job.")
     cancel_grace_s: float = Field(10.0, gt=0, description="Then a worker that does not obey is killed.")
@@ -62,7 +62,7 @@ class Settings(BaseModel):
                            "for the next start.")  # fmt: skip
     retention_days: float = Field(30.0, gt=0, description="After which outputs of ended jobs are deleted.")
     upload_hours: float = Field(24.0, gt=0, description="Life of an unused upload.")
-    idempotency_hours: float = Field(24.0, gt=0)
+    idempotency_hours: float = Field(24.0, gt=0, description="Life of an Idempotency-Key.")
     dedupe_seeded_s: float = Field(0.0, ge=0, le=60, description="Opt-in: an identical create with a seed within this "
                                    "time returns the first job.")  # fmt: skip
     default_model: str = Field(
@@ -78,14 +78,14 @@ class Settings(BaseModel):
 
     # edge
     url_ttl_s: float = Field(24 * 3600, gt=0, description="Life of signed output URLs.")
-    max_body_bytes: int = Field(32 * 2**20, gt=0)
-    max_upload_bytes: int = Field(200 * 2**20, gt=0)
+    max_body_bytes: int = Field(32 * 2**20, gt=0, description="Of one request, data URIs included.")
+    max_upload_bytes: int = Field(200 * 2**20, gt=0, description="Of an upload, or an input by URL.")
     rate_limit_per_s: float = Field(0.0, ge=0, description="Requests per second and key; 0: no limit.")
     allow_http_inputs: bool = Field(False, description="Fetch http:// inputs too.")
     allow_private_hosts: tuple[str, ...] = Field((), description="Hosts or networks that inputs and webhooks may reach "
                                                  "although they are private.")  # fmt: skip
-    fetch_timeout_s: float = Field(30.0, gt=0)
-    webhook_timeout_s: float = Field(15.0, gt=0)
+    fetch_timeout_s: float = Field(30.0, gt=0, description="For an input by URL, all of it.")
+    webhook_timeout_s: float = Field(15.0, gt=0, description="For one delivery.")
     log_json: bool = Field(False, description="One JSON object a line; else text.")
 
     @property
