@@ -24,12 +24,15 @@ from mutoscope.jobs import inline as inlines
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import Conflict, InvalidRequest, NotFound
 from mutoscope.jobs.inline import ANY, Inline, InputKind
-from mutoscope.jobs.schema import assets
+from mutoscope.jobs.model import TERMINAL
+from mutoscope.jobs.schema import assets, jobs
 from mutoscope.jobs.spec import Media
 from mutoscope.media import sandbox, sniff
 
 FOLDER = "assets"
 MIN_UPLOAD_BYTES = 1
+NEEDED_S = 3600.0
+"""How long a file lives on whose time is over, but which a waiting job needs; then it is looked at again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,13 +224,19 @@ def delete(tx: Tx, account_id: str, asset_id: str, *, data_dir: Path) -> None:
 
 
 def expire(tx: Tx, *, data_dir: Path, limit: int = 500) -> int:
-    """Delete files whose time is over; how many."""
-    ids = [row.id for row in tx.all(sa.select(assets.c.id).where(assets.c.expires_at <= tx.now).limit(limit))]
-    if ids:
-        tx.run(assets.delete().where(assets.c.id.in_(ids)))
-        for asset_id in ids:
+    """Delete files whose time is over, unless a job that has not ended names them; how many."""
+    rows = tx.all(
+        sa.select(assets).where(assets.c.expires_at <= tx.now).order_by(assets.c.expires_at).limit(limit)
+    )
+    needed = [row.id for row in rows if row.used_at is not None and _is_needed(tx, row)]
+    over = [row.id for row in rows if row.id not in needed]
+    if needed:
+        tx.run(assets.update().where(assets.c.id.in_(needed)).values(expires_at=tx.now + NEEDED_S))
+    if over:
+        tx.run(assets.delete().where(assets.c.id.in_(over)))
+        for asset_id in over:
             shutil.rmtree(data_dir / FOLDER / asset_id, ignore_errors=True)
-    return len(ids)
+    return len(over)
 
 
 def sweep_orphans(tx: Tx, *, data_dir: Path, older_than_s: float = 24 * 3600.0) -> int:
@@ -251,6 +260,12 @@ def display_name(name: str) -> str:
     last = unicodedata.normalize("NFC", name).replace("\\", "/").rsplit("/", 1)[-1]
     printable = "".join(c for c in last if c.isprintable() and c not in '"<>')
     return printable.strip(". ")[:200]
+
+
+def _is_needed(tx: Tx, row: Row[Any]) -> bool:
+    unfinished = (jobs.c.account_id == row.account_id, jobs.c.state.not_in(list(TERMINAL)))
+    names = sa.cast(jobs.c.spec, sa.Text).contains(row.id, autoescape=True)
+    return tx.first(sa.select(jobs.c.id).where(*unfinished, names).limit(1)) is not None
 
 
 def _place(asset_id: str, mime: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
-from mutoscope.jobs import endpoints
+from mutoscope.jobs import endpoints, view
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import NotFound
 from mutoscope.jobs.model import Job
@@ -72,7 +72,7 @@ def enqueue(tx: Tx, job: Job, event: str) -> None:
     sequence = 1 + (
         tx.scalar(sa.select(sa.func.max(deliveries.c.sequence)).where(deliveries.c.job_id == job.id)) or 0
     )
-    data = {**_public(job), "sequence": sequence}
+    data = {**view.public(tx, job, live=False), "sequence": sequence}
     common = {"account_id": job.account_id, "event": event, "job_id": job.id, "sequence": sequence}
     body = _body(tx, event, data)
     rows = [{"endpoint_id": t.id, "url": t.url, "style": "standard", "body": body, **common} for t in targets]
@@ -184,9 +184,9 @@ def backlog(tx: Tx) -> tuple[int, float]:
         d.next_at <= tx.now,
         sa.or_(d.lease_until.is_(None), d.lease_until <= tx.now),
     )
-    row = tx.first(sa.select(sa.func.count(), sa.func.min(d.next_at)).where(*due))
-    count, oldest = (row[0], row[1]) if row is not None else (0, None)
-    return int(count), tx.now - oldest if oldest is not None else 0.0
+    count = int(tx.scalar(sa.select(sa.func.count()).select_from(deliveries).where(*due)) or 0)
+    oldest = tx.scalar(sa.select(sa.func.min(d.next_at)).where(*due))
+    return count, tx.now - oldest if count else 0.0
 
 
 def prune(tx: Tx, before: float) -> int:
@@ -198,14 +198,6 @@ def prune(tx: Tx, before: float) -> int:
 
 def from_row(row: Row[Any]) -> Delivery:
     return Delivery(**row._mapping)
-
-
-def _public(job: Job) -> dict[str, Any]:
-    return {
-        "id": job.id, "state": job.state.value, "model": job.model, "progress": job.progress,
-        "failure": job.failure and job.failure.value, "message": job.message, "metadata": job.metadata,
-        "result": job.result,
-    }  # fmt: skip
 
 
 def _endpoints(tx: Tx, account_id: str, event: str) -> list[Row[Any]]:

@@ -21,10 +21,13 @@ def iso(at: float | None) -> str | None:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def public(tx: Tx, job: Job, link: Link | None = None) -> dict[str, Any]:
-    """The JSON of a job. `link` makes the URL of an output; without it outputs have none."""
-    finish = eta.finish_at(tx, job)
+def public(tx: Tx, job: Job, link: Link | None = None, *, live: bool = True) -> dict[str, Any]:
+    """The JSON of a job. `link` makes the URL of an output; without it outputs have none.
+
+    Not `live`: nothing that costs a look at the rest of the queue (position and ETA of a job that waits).
+    """
     waits = job.state in WAITING
+    finish = eta.finish_at(tx, job) if live or not waits else None
     outputs = []
     for output in job.outputs:
         shown = {k: v for k, v in asdict(output).items() if k != "path" and v not in (0, 0.0)}
@@ -38,7 +41,7 @@ def public(tx: Tx, job: Job, link: Link | None = None) -> dict[str, Any]:
         "step": job.step,
         "steps": job.steps,
         "progress": round(job.progress, 4),
-        "queue_position": queue.position(tx, job) if waits else None,
+        "queue_position": queue.position(tx, job) if waits and live else None,
         "eta_s": None if finish is None else round(max(0.0, finish - tx.now), 1),
         "estimate_s": round(job.estimate_s, 1),
         "cancel_asked": job.cancel_asked_at is not None and job.state is State.RUNNING,

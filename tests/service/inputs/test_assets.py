@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mutoscope.jobs import assets, inline
+from mutoscope.jobs import assets, inline, queue
 from mutoscope.jobs.database import Database, Tx
 from mutoscope.jobs.errors import Conflict, NotFound
 from mutoscope.jobs.inline import InputRefused
 from mutoscope.jobs.spec import Media
 from tests.service.inputs.conftest import animation, picture
-from tests.service.making import make_account
+from tests.service.making import add_job, make_account
 
 HOUR = 3600.0
 
@@ -161,6 +161,20 @@ def test_files_expire_unless_a_job_needs_them(db: Database, data: Path) -> None:
     with db.write() as tx:
         assets.used(tx, [kept.asset or ""], hours=1.0)
         assert assets.get(later(tx, 47 * HOUR), "acct", kept.asset or ""), "never shortened"
+
+
+def test_files_that_a_waiting_job_needs_do_not_expire(db: Database, data: Path) -> None:
+    needed, loose = store(db, data, picture()), store(db, data, picture())
+    with db.write() as tx:
+        job = add_job(tx, spec={"prompt": "a ball", "source": {"asset": needed.asset}})
+        assets.used(tx, [needed.asset or "", loose.asset or ""], hours=24.0)
+        for days in (2, 3):
+            after = later(tx, days * 24 * HOUR)
+            assert assets.expire(after, data_dir=data) == (1 if days == 2 else 0)
+            assert assets.get(after, "acct", needed.asset or "")
+        queue.cancel(tx, job.id)
+        assert assets.expire(later(tx, 4 * 24 * HOUR), data_dir=data) == 1
+    assert os.listdir(data / "assets") == []
 
 
 def test_delete(db: Database, data: Path) -> None:
