@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
+from mutoscope.jobs.plans import Plan
+from mutoscope.jobs.usage import UsageRow
 from mutoscope.server.dialects.runway_rules import BodyRefused, Issue, table
 
 DEFAULT_DAYS = 30
@@ -66,12 +68,13 @@ def day_of(at: float) -> date:
     return datetime.fromtimestamp(at, UTC).date()
 
 
-def report(rows: Iterable[tuple[date, str, int]]) -> dict[str, Any]:
-    """Usage in Runway's form from (day, reported model, credits); days without use are left out."""
+def report(rows: Iterable[UsageRow]) -> dict[str, Any]:
+    """Usage in Runway's form; days without use are left out."""
     book: dict[date, dict[str, int]] = {}
-    for day, model, credits in rows:
-        models = book.setdefault(day, {})
-        models[model] = models.get(model, 0) + credits
+    for row in rows:
+        models = book.setdefault(row.day, {})
+        model = reported_as(row.model_asked, row.operation)
+        models[model] = models.get(model, 0) + row.credits
     results = [
         {
             "date": day.isoformat(),
@@ -80,3 +83,22 @@ def report(rows: Iterable[tuple[date, str, int]]) -> dict[str, Any]:
         for day, models in sorted(book.items())
     ]
     return {"results": results, "models": sorted({model for models in book.values() for model in models})}
+
+
+def organization(balance: int, plan: Plan, today: Iterable[tuple[str, str, int]]) -> dict[str, Any]:
+    """Credits, limits and the day's jobs from (model asked, operation, jobs). Plans here limit the account as a whole:
+    each of Runway's models shows the account's limits."""
+    limits = {"maxConcurrentGenerations": plan.concurrency, "maxDailyGenerations": plan.daily_jobs}
+    models = {model for models in table()["endpoints"].values() for model in models}
+    used = dict.fromkeys(sorted(models), 0)
+    for asked, operation, jobs in today:
+        name = reported_as(asked, operation)
+        used[name] = used.get(name, 0) + jobs
+    return {
+        "creditBalance": balance,
+        "tier": {
+            "maxMonthlyCreditSpend": NO_LIMIT if plan.monthly_credits is None else plan.monthly_credits,
+            "models": {name: dict(limits) for name in used},
+        },
+        "usage": {"models": {name: {"dailyGenerations": jobs} for name, jobs in used.items()}},
+    }

@@ -10,19 +10,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from mutoscope.errors import MutoscopeError, RequestError
-from mutoscope.jobs.errors import (
-    Conflict,
-    Forbidden,
-    IdempotencyMismatch,
-    InvalidRequest,
-    JobsError,
-    LimitExceeded,
-    NotFound,
-    OutOfCredits,
-    Unauthorized,
-)
+from mutoscope.errors import MediaError, MutoscopeError, RequestError
+from mutoscope.jobs.errors import InvalidRequest, JobsError, LimitExceeded, OutOfCredits
 from mutoscope.jobs.model import Failure, Job, Output, State
+from mutoscope.jobs.registry import AUTO
+from mutoscope.server import edge
 from mutoscope.server.dialects.runway_rules import BodyRefused
 
 DOC_URL = "https://docs.dev.runwayml.com/api"
@@ -53,17 +45,6 @@ FAILURE_CODE: dict[Failure, str] = {
 LONGEST_RETRY_S = 60
 """The SDKs wait no longer than that; after a longer Retry-After they would only knock in vain."""
 
-STATUS_OF: tuple[tuple[type[MutoscopeError], int], ...] = (
-    (Unauthorized, 401),
-    (Forbidden, 403),
-    (NotFound, 404),
-    (Conflict, 409),
-    (IdempotencyMismatch, 422),
-    (LimitExceeded, 429),
-    (OutOfCredits, 400),
-    (InvalidRequest, 400),
-)
-
 
 def created(job: Job, warnings: list[str]) -> dict[str, Any]:
     """The answer to a create call. `warnings` is ours: what was accepted and has no effect."""
@@ -91,15 +72,21 @@ def from_job(
         body["queuePosition"] = position
     if not job.is_terminal and job.eta_at is not None and now is not None:
         body["etaSeconds"] = max(0, math.ceil(job.eta_at - now))
-    return body | {"model": job.model_asked, "seed": job.resolved.seed}
+    return body | {
+        "model": job.model if job.model_asked == AUTO else job.model_asked,
+        "seed": job.resolved.seed,
+    }
 
 
-def error(exc: MutoscopeError) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body and headers for what went wrong."""
-    other = 400 if isinstance(exc, JobsError | RequestError) else 500
-    status = next((code for kind, code in STATUS_OF if isinstance(exc, kind)), other)
-    headers = {} if status in (429, 500) else {"x-should-retry": "false"}
-    body: dict[str, Any] = {"error": f"{exc.message} {exc.hint}".strip()}
+def error(exc: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers for what went wrong. What a repeat cannot change says so to the SDKs."""
+    status = edge.status_of(exc)
+    if isinstance(exc, OutOfCredits):
+        status = 400  # Runway has no 402
+    elif isinstance(exc, MutoscopeError) and not isinstance(exc, JobsError | RequestError | MediaError):
+        status = 500
+    headers = {} if status in (429, 500, 503) else {"x-should-retry": "false"}
+    body: dict[str, Any] = {"error": edge.sentence(exc)}
     if isinstance(exc, BodyRefused):
         body["error"] = f"Validation of body failed. {body['error']}"
         body["issues"] = [{"path": list(i.path), "message": i.message} for i in exc.issues]

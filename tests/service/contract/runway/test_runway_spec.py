@@ -93,7 +93,8 @@ def test_a_size_without_a_shape_that_cannot_be_met_is_refused() -> None:
 @pytest.mark.parametrize(
     ("asked", "format", "hdr"),
     [("mp4", "mp4", False), ("prores", "prores", False), ("png_sequence", "png_sequence", False),
-     ("hdr10", "hdr10", True), ("hlg", "hlg", True), ("hdr_prores", "prores", True), ("hdr_exr_sequence", "exr_sequence", True)],
+     ("hdr10", "hdr10", True), ("hlg", "hlg", True),
+     ("hdr_prores", "prores", True), ("hdr_exr_sequence", "exr_sequence", True)],
 )  # fmt: skip
 def test_output_formats(asked: str, format: str, hdr: bool) -> None:
     spec = spec_of(
