@@ -1,0 +1,137 @@
+"""The order of dispatch: start-time fair queueing between accounts, in rounds, with like shapes next to each other.
+
+The order is decided when a job is submitted and stored with it, as (round, affinity, vtime, seq). So a claim reads the
+head of one index, and a job's position is a count in that index.
+
+- **Fairness** (start-time fair queueing; Goyal, Vin, Cheng 1996): every account has a virtual clock. A job starts where
+  its account's last one ended, but not before the virtual time V of what runs now, and pushes the clock by its work
+  divided by the account's weight. Serving by start tags gives each account its share, whoever submitted how much.
+- **Rounds**: the virtual time is cut into pieces of QUANTUM. Within a round jobs are ordered by model and shape, so that
+  a worker changes models at most once for each of them and round; in every second round backwards, so that the last shape
+  of one round is the first of the next. An account is at most a round behind its share.
+- **Together**: jobs that one account submits at once (a batch) get their places ordered by model and shape, which takes
+  nothing from anybody else.
+- **Priorities** are three clocks of one account: a high job waits for high ones only, a normal one for high and normal
+  ones, a low one for all. So high overtakes what its own account has submitted, and later normal jobs make up for it: the
+  account's share stays what it is, but for what was queued when the high job came.
+
+Work is in seconds of estimated device time. What is cancelled before it ran is given back to its account's clocks.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from mutoscope.jobs.database import Tx
+from mutoscope.jobs.errors import NotFound
+from mutoscope.jobs.model import Job, Priority, Resolved, State
+from mutoscope.jobs.schema import accounts, jobs
+
+QUANTUM = 60.0
+"""Length of a round in virtual seconds: docs/service-performance.md has what other lengths cost."""
+LEAST_WORK = 0.01
+CLOCKS = {Priority.HIGH: "finish_high", Priority.NORMAL: "finish_normal", Priority.LOW: "finish_low"}
+ORDER = (jobs.c.round, jobs.c.affinity, jobs.c.vtime, jobs.c.seq)
+MODEL_BITS, SHAPE_BITS = 28, 24
+
+
+def in_state(state: State) -> sa.ColumnElement[bool]:
+    """`state = 'queued'`, with the value in the text: SQLite uses a partial index only if it can read its condition."""
+    return jobs.c.state == sa.bindparam(None, state.value, literal_execute=True)
+
+
+QUEUED, RUNNING = in_state(State.QUEUED), in_state(State.RUNNING)
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Where a job stands in the order."""
+
+    round: int
+    affinity: int
+    vtime: float
+
+
+class Tagger:
+    """Gives out places for jobs of one account, and remembers its clocks with `save`.
+
+    Holds the account's row: two that submit for one account at once take turns.
+    """
+
+    def __init__(self, tx: Tx, account_id: str) -> None:
+        columns = (accounts.c.weight, *(accounts.c[name] for name in CLOCKS.values()))
+        mine = sa.select(*columns).where(accounts.c.id == account_id)
+        row = tx.first(mine.with_for_update(key_share=True))
+        if row is None:
+            raise NotFound(f"No account {account_id}.")
+        self.tx, self.account_id, self.weight = tx, account_id, float(row.weight)
+        self.clocks = {p: float(row._mapping[name]) for p, name in CLOCKS.items()}
+        self.now = virtual_time(tx)
+
+    def place(self, priority: Priority, work_s: float, kind: int) -> Tags:
+        """The next place. `kind` is an `affinity`."""
+        start = max(self.now, self.clocks[priority])
+        length = max(work_s, LEAST_WORK) / self.weight
+        for other in _behind(priority):
+            self.clocks[other] = (
+                start + length if other is priority else max(self.now, self.clocks[other]) + length
+            )
+        return tags_at(start, kind)
+
+    def save(self) -> None:
+        values = {name: self.clocks[p] for p, name in CLOCKS.items()}
+        self.tx.run(sa.update(accounts).where(accounts.c.id == self.account_id).values(values))
+
+
+def tags(tx: Tx, account_id: str, priority: Priority, work_s: float, kind: int) -> Tags:
+    """The place of one new job."""
+    tagger = Tagger(tx, account_id)
+    place = tagger.place(priority, work_s, kind)
+    tagger.save()
+    return place
+
+
+def give_back(tx: Tx, job: Job) -> None:
+    """A job ends without having run: what it would have taken is still its account's."""
+    length: sa.ColumnElement[float] = max(job.estimate_s, LEAST_WORK) / accounts.c.weight
+    values: dict[str, Any] = {CLOCKS[p]: accounts.c[CLOCKS[p]] - length for p in _behind(job.priority)}
+    tx.run(sa.update(accounts).where(accounts.c.id == job.account_id).values(values))
+
+
+def affinity(model: str, resolved: Resolved) -> int:
+    """A number that is equal for jobs of one model and shape, and near for jobs of one model."""
+    of_model = zlib.crc32(model.encode()) >> (32 - MODEL_BITS)
+    of_shape = zlib.crc32(resolved.shape.encode()) >> (32 - SHAPE_BITS)
+    return of_model << SHAPE_BITS | of_shape
+
+
+def tags_at(vtime: float, kind: int) -> Tags:
+    """The place of a job of this kind at a virtual time."""
+    number = math.floor(vtime / QUANTUM)
+    backwards = (1 << MODEL_BITS + SHAPE_BITS) - 1 - kind
+    return Tags(number, backwards if number % 2 else kind, vtime)
+
+
+def virtual_time(tx: Tx) -> float:
+    """V: the start tag of what is being served; with nothing in service that of the head of the queue; with an empty
+    queue the end of everything that was ever asked for."""
+    served = tx.scalar(sa.select(sa.func.max(jobs.c.vtime)).where(RUNNING))
+    if served is not None:
+        return float(served)
+    head = tx.scalar(sa.select(jobs.c.vtime).where(QUEUED).order_by(*ORDER).limit(1))
+    if head is not None:
+        return float(head)
+    clocks = [sa.func.max(accounts.c[name]) for name in CLOCKS.values()]
+    row = tx.first(sa.select(*clocks))
+    return max((float(v) for v in row if v is not None), default=0.0) if row is not None else 0.0
+
+
+def _behind(priority: Priority) -> list[Priority]:
+    """The priority itself and those that it goes before."""
+    order = list(CLOCKS)
+    return order[order.index(priority) :]

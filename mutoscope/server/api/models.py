@@ -1,0 +1,89 @@
+"""/api/v1/models, /prompts, /ping: what there is to ask for."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from mutoscope import __version__
+from mutoscope.jobs.database import Tx
+from mutoscope.jobs.model import Caller
+from mutoscope.jobs.registry import AUTO, Model
+from mutoscope.jobs.spec import Strict
+from mutoscope.server import edge
+from mutoscope.server.api.shape import DIALECT, parsed, takes
+from mutoscope.server.context import Context
+from mutoscope.server.edge import Reply
+
+
+class PromptBody(Strict):
+    """A prompt to be looked at."""
+
+    prompt: str = Field(max_length=20_000)
+    model: str = AUTO
+
+
+def shown(model: Model) -> dict[str, Any]:
+    """A model as the API shows it."""
+    m = model.manifest
+    return {
+        "id": model.name,
+        "object": "model",
+        "title": m.title,
+        "notes": m.notes,
+        "licence": m.licence,
+        "tasks": list(model.tasks),
+        "quality": model.quality,
+        "sizes": [list(size) for size in m.sizes],
+        "defaults": vars(m.defaults),
+        "max_frames": model.most_frames,
+        "has_vocabulary": m.files.vocabulary is not None,
+    }
+
+
+def add(api: APIRouter, ctx: Context) -> None:
+    @api.get("/models", summary="The models that are installed")
+    async def listing(request: Request) -> Response:
+        def act(_tx: Tx, _caller: Caller) -> Reply:
+            return Reply(200, {"object": "list", "data": [shown(m) for m in ctx.registry.models()],
+                               "aliases": ctx.registry.aliases})  # fmt: skip
+
+        return await edge.read(ctx, request, act, DIALECT)
+
+    @api.post("/prompts", openapi_extra=takes(PromptBody), summary="Words that a model does not know")
+    async def prompts(request: Request) -> Response:
+        def act(_tx: Tx, _caller: Caller, body: PromptBody) -> Reply:
+            name = ctx.registry.target(body.model)
+            model = ctx.registry.models()[0] if name == AUTO else ctx.registry.get(name)
+            return Reply(
+                200, {"object": "prompt_report", "model": model.name, **diagnose(model, body.prompt)}
+            )
+
+        return await edge.write(ctx, request, lambda body: parsed(PromptBody, body), act, DIALECT)
+
+    @api.get("/ping", summary="Is my key good?")
+    async def ping(request: Request) -> Response:
+        def act(_tx: Tx, caller: Caller) -> Reply:
+            return Reply(200, {"message": "pong", "version": __version__, "account": caller.account.name})
+
+        return await edge.read(ctx, request, act, DIALECT)
+
+
+def diagnose(model: Model, prompt: str) -> dict[str, Any]:
+    """Words outside of the model's vocabulary, with near ones that it knows; nothing for models without a list."""
+    file = model.manifest.files.vocabulary
+    if file is None:
+        return {"known_vocabulary": False, "unknown": []}
+    words = json.loads(file.path.read_text("utf-8"))
+    asked = list(dict.fromkeys(re.findall(r"[a-z]+", prompt.lower())))
+    unknown = [
+        {"word": word, "near": difflib.get_close_matches(word, words, n=3, cutoff=0.6)}
+        for word in asked
+        if word not in words
+    ]
+    return {"known_vocabulary": True, "unknown": unknown}

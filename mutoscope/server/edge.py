@@ -1,0 +1,362 @@
+"""The one way in: who asks, what they sent, one transaction, and errors in the caller's own dialect.
+
+    @api.post("/things")
+    async def create(request: Request) -> Response:
+        def parse(body: Any) -> Thing: ...                       # no database; files are looked into here
+        def act(tx: Tx, caller: Caller, thing: Thing) -> Reply: ...
+        return await edge.write(ctx, request, parse, act, DIALECT)
+
+`write` runs `act` in one write transaction together with the Idempotency-Key's row. So a POST has happened with its
+stored answer, or not at all; a duplicate under way waits for the first. Everything blocking runs on threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import sqlalchemy as sa
+from fastapi import Request, Response
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from mutoscope.errors import MutoscopeError
+from mutoscope.jobs import accounts, errors, idempotency
+from mutoscope.jobs.checkpoints import checkpoint
+from mutoscope.jobs.database import Tx
+from mutoscope.jobs.model import Caller
+from mutoscope.server.context import Context
+
+log = logging.getLogger("mutoscope.server")
+Parsed = TypeVar("Parsed")
+AT_ONCE = 24
+"""Requests that are worked on at the same time; more wait their turn."""
+SEEN_EVERY_S = 60.0
+
+
+class BodyTooLarge(errors.JobsError):
+    """The body is larger than this server takes."""
+
+    code = "too_large"
+
+
+class MethodNotAllowed(errors.JobsError):
+    """The route exists, but not with this method."""
+
+    code = "method_not_allowed"
+
+
+class Busy(errors.JobsError):
+    """The database did not answer in time; nothing was changed."""
+
+    code = "busy"
+    retry_after_s = 1.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: `body` is JSON-able, bytes, or None for an empty one."""
+
+    status: int = 200
+    body: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    media_type: str = "application/json"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A vendor's way of saying what went wrong."""
+
+    name: str
+    error: Callable[[Exception], Reply]
+
+
+STATUSES: tuple[tuple[type[Exception], int], ...] = (
+    (errors.Unauthorized, 401),
+    (errors.OutOfCredits, 402),
+    (errors.Forbidden, 403),
+    (errors.NotFound, 404),
+    (MethodNotAllowed, 405),
+    (errors.Conflict, 409),
+    (BodyTooLarge, 413),
+    (errors.IdempotencyMismatch, 422),
+    (errors.LimitExceeded, 429),
+    (Busy, 503),
+    (errors.JobsError, 400),
+    (MutoscopeError, 400),
+)
+
+
+def status_of(error: Exception) -> int:
+    """The usual HTTP status of an error; a dialect may have its own."""
+    return next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+
+
+def sentence(error: Exception) -> str:
+    """What to tell the caller: nothing of what nobody foresaw."""
+    if isinstance(error, MutoscopeError):
+        return str(error)
+    return "Something went wrong inside of the server; nothing was changed. The log has the details."
+
+
+# -- in ------------------------------------------------------------------------------------------------------
+
+
+async def write(
+    ctx: Context,
+    request: Request,
+    parse: Callable[[Any], Parsed],
+    act: Callable[[Tx, Caller, Parsed], Reply],
+    dialect: Dialect,
+    *,
+    max_bytes: int | None = None,
+    after: Callable[[Reply], None] = lambda _: None,
+) -> Response:
+    """A request that changes something. `parse` gets the JSON, or the FormData of a multipart body, or None."""
+
+    def work(body: _Body) -> Reply:
+        caller = _caller(ctx, request)
+        parsed = parse(body.value(dialect))
+        key = request.headers.get("idempotency-key") if request.method == "POST" else None
+        route = f"{request.method} {request.url.path}"
+        with ctx.db.write() as tx:
+            if key is not None:
+                stored = idempotency.begin(tx, caller.account.id, key, route, body.digest)
+                if stored is not None:
+                    again = {**stored.headers, "idempotency-replayed": "true"}
+                    return Reply(stored.status, stored.body.encode() or None, again)
+            reply = act(tx, caller, parsed)
+            if key is not None:
+                text = _encode(reply).decode() if not isinstance(reply.body, bytes) else ""
+                idempotency.keep(tx, caller.account.id, key, reply.status, reply.headers, text)
+        checkpoint("accepted")
+        after(reply)
+        return reply
+
+    async def answer() -> Reply:
+        body = await _read(request, max_bytes or ctx.settings.max_body_bytes)
+        try:
+            return await _on_thread(lambda: work(body))
+        finally:
+            await body.close()
+
+    return await _guarded(request, answer, dialect)
+
+
+async def read(
+    ctx: Context, request: Request, act: Callable[[Tx, Caller], Reply], dialect: Dialect
+) -> Response:
+    """A request that changes nothing."""
+
+    def work() -> Reply:
+        caller = _caller(ctx, request)
+        with ctx.db.read() as tx:
+            return act(tx, caller)
+
+    return await _guarded(request, lambda: _on_thread(work), dialect)
+
+
+async def caller_of(ctx: Context, request: Request) -> Caller:
+    """Who asks, for handlers that stream."""
+    return await _on_thread(lambda: _caller(ctx, request))
+
+
+async def guarded(request: Request, answer: Callable[[], Any], dialect: Dialect) -> Response:
+    """Run an async function that returns a Reply or a Response; errors in the dialect."""
+    return await _guarded(request, answer, dialect)
+
+
+async def on_thread(work: Callable[[], Parsed]) -> Parsed:
+    """Run something that blocks."""
+    return await _on_thread(work)
+
+
+def respond(reply: Reply) -> Response:
+    """The reply as a response."""
+    if isinstance(reply.body, Response):
+        return reply.body
+    media_type = None if reply.body is None else reply.media_type
+    return Response(_encode(reply), reply.status, dict(reply.headers), media_type)
+
+
+def refuse(error: Exception, dialect: Dialect) -> Response:
+    """The error in the dialect, with the headers that tell SDKs whether to try again."""
+    reply = dialect.error(error)
+    headers = dict(reply.headers)
+    retry = getattr(error, "retry_after_s", None)
+    if retry is not None:
+        headers.setdefault("retry-after", str(max(1, round(retry))))
+        headers.setdefault("x-should-retry", "true" if retry <= 60 else "false")
+    elif reply.status in (409, 422):  # the SDKs would try a conflict again
+        headers.setdefault("x-should-retry", "false")
+    return respond(Reply(reply.status, reply.body, headers, reply.media_type))
+
+
+_limiter: anyio.CapacityLimiter | None = None
+
+
+async def _on_thread(work: Callable[[], Parsed]) -> Parsed:
+    global _limiter
+    if _limiter is None:
+        _limiter = anyio.CapacityLimiter(AT_ONCE)
+    return await anyio.to_thread.run_sync(work, limiter=_limiter)
+
+
+async def _guarded(request: Request, answer: Callable[[], Any], dialect: Dialect) -> Response:
+    try:
+        made = await answer()
+        return made if isinstance(made, Response) else respond(made)
+    except MutoscopeError as e:
+        return refuse(e, dialect)
+    except sa.exc.OperationalError as e:
+        log.warning("the database: %s", e.orig)
+        return refuse(Busy("The database is busy; nothing was changed.", hint="Try again."), dialect)
+    except ClientDisconnect:
+        return Response(status_code=400)
+    except Exception as e:
+        log.exception("%s %s failed", request.method, request.url.path)
+        return refuse(e, dialect)
+
+
+# -- who -----------------------------------------------------------------------------------------------------
+
+_seen: dict[str, float] = {}
+_buckets: dict[str, tuple[float, float]] = {}
+_lock = threading.Lock()
+
+
+def _caller(ctx: Context, request: Request) -> Caller:
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise errors.Unauthorized("No API key was sent.", hint="Send the header Authorization: Bearer KEY.")
+    with ctx.db.read() as tx:
+        caller = accounts.authenticate(tx, secret.strip())
+    if request.method not in ("GET", "HEAD") and not {"jobs", "admin"} & set(caller.scopes):
+        raise errors.Forbidden("This API key may only read.")
+    _rate_limit(ctx, caller.key_id)
+    now = time.monotonic()
+    if now - _seen.get(caller.key_id, -SEEN_EVERY_S) >= SEEN_EVERY_S:
+        _seen[caller.key_id] = now
+        with ctx.db.write() as tx:
+            accounts.used(tx, caller.key_id)
+    return caller
+
+
+def _rate_limit(ctx: Context, key_id: str) -> None:
+    """A token bucket for each key that holds the requests of two seconds."""
+    rate = ctx.settings.rate_limit_per_s
+    if not rate:
+        return
+    now = time.monotonic()
+    with _lock:
+        tokens, at = _buckets.get(key_id, (max(1.0, 2 * rate), now))
+        tokens = min(max(1.0, 2 * rate), tokens + (now - at) * rate)
+        _buckets[key_id] = (tokens - 1 if tokens >= 1 else tokens, now)
+    if tokens < 1:
+        raise errors.LimitExceeded(
+            f"More than {rate:g} requests a second.", retry_after_s=(1 - tokens) / rate, hint="Slow down."
+        )
+
+
+# -- what ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Body:
+    """What was sent: raw bytes, and the form if it is one."""
+
+    raw: bytes
+    form: FormData | None = None
+    parts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal requests; boundaries of multipart bodies do not count."""
+        what = json.dumps(self.parts).encode() if self.form is not None else self.raw
+        return hashlib.sha256(what).hexdigest()
+
+    def value(self, dialect: Dialect) -> Any:
+        if self.form is not None:
+            return self.form
+        if not self.raw.strip():
+            return None
+        try:
+            return json.loads(self.raw, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as e:
+            raise errors.InvalidRequest(
+                f"The body is not JSON: {e}.", hint="Send an object with Content-Type: application/json."
+            ) from e
+
+    async def close(self) -> None:
+        if self.form is not None:
+            await self.form.close()
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+async def limited(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+    """The body as it comes.
+
+    Raises:
+        BodyTooLarge: as soon as it is known.
+    """
+    too_large = BodyTooLarge(f"The body has more than {max_bytes} bytes.", hint="Upload large files first.")
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > max_bytes:
+        raise too_large
+    got = 0
+    async for chunk in request.stream():
+        got += len(chunk)
+        if got > max_bytes:
+            raise too_large
+        yield chunk
+
+
+async def read_form(request: Request, max_bytes: int) -> FormData:
+    """A multipart body; files are kept on disk when large."""
+    try:
+        return await MultiPartParser(
+            request.headers, limited(request, max_bytes), max_part_size=max_bytes
+        ).parse()
+    except (MultiPartException, KeyError) as e:
+        raise errors.InvalidRequest(f"The body is not multipart/form-data: {e}.") from e
+
+
+async def _read(request: Request, max_bytes: int) -> _Body:
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        form = await read_form(request, max_bytes)
+        parts = []
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                digest = hashlib.sha256(await value.read()).hexdigest()
+                await value.seek(0)
+                parts.append((name, f"{value.filename} {digest}"))
+            else:
+                parts.append((name, value))
+        return _Body(b"", form, tuple(parts))
+    return _Body(b"".join([chunk async for chunk in limited(request, max_bytes)]))
+
+
+def _encode(reply: Reply) -> bytes:
+    if reply.body is None:
+        return b""
+    if isinstance(reply.body, bytes):
+        return reply.body
+    return json.dumps(reply.body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+__all__ = [
+    "Busy", "BodyTooLarge", "Dialect", "MethodNotAllowed", "Reply", "caller_of", "guarded", "limited",
+    "on_thread", "read", "read_form", "refuse", "respond", "sentence", "status_of", "write",
+]  # fmt: skip
