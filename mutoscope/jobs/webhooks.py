@@ -12,6 +12,7 @@ host and port, and at most `PER_ACCOUNT` are those of one account.
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +27,13 @@ from standardwebhooks import Webhook
 
 from mutoscope import __version__
 from mutoscope.errors import MutoscopeError
-from mutoscope.jobs import addresses, endpoints, outbox, pinned
+from mutoscope.jobs import addresses, endpoints, outbox, pinned, queue, view
 from mutoscope.jobs.addresses import Resolver
 from mutoscope.jobs.database import Database, Tx
 from mutoscope.jobs.errors import NotFound
 from mutoscope.jobs.outbox import Delivery
 from mutoscope.jobs.schema import deliveries
+from mutoscope.jobs.view import Link
 from mutoscope.settings import Settings
 
 SCHEDULE_S = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
@@ -144,6 +146,23 @@ def deliver_due(
                 with db.write() as tx:
                     for future in done:
                         _record(tx, flying.pop(future).delivery, future.result(), jitter)
+
+
+def linked(link: Link) -> Callable[[Tx, Delivery], str]:
+    """For `render["standard"]`: the body of the event, with fresh URLs in the outputs of a job that succeeded."""
+
+    def render(tx: Tx, delivery: Delivery) -> str:
+        if delivery.event != "job.succeeded" or delivery.job_id is None:
+            return delivery.body
+        try:
+            job = queue.get(tx, delivery.job_id, account_id=delivery.account_id)
+        except NotFound:  # deleted meanwhile: what happened is still true
+            return delivery.body
+        event = json.loads(delivery.body)
+        event["data"]["outputs"] = view.public(tx, job, link, live=False)["outputs"]
+        return json.dumps(event, separators=(",", ":"))
+
+    return render
 
 
 def sign(secrets: Sequence[str], delivery_id: str, at: float, body: str) -> dict[str, str]:
