@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -56,6 +57,8 @@ AT_ONCE = 64
 PER_ORIGIN = 4
 PER_ACCOUNT = 32
 LOOK_AGAIN_S = 0.25
+STOP_GRACE_S = 2.0
+"""How long a process that is to stop waits for receivers; what they did not answer by then is sent by the next one."""
 USER_AGENT = f"Mutoscope-Webhooks/{__version__}"
 
 Render = Mapping[str, Callable[[Tx, Delivery], str]]
@@ -74,11 +77,12 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came of it: a status, or why there is none."""
+    """What came of it: a status, or why there is none. `stopped`: broken off by us, not held against the receiver."""
 
     status: int | None = None
     retry_after: str = ""
     error: str = ""
+    stopped: bool = False
 
     @property
     def ok(self) -> bool:
@@ -96,7 +100,9 @@ class _Attempt:
     message: Message
 
 
-def sender(settings: Settings, *, resolver: Resolver | None = None) -> Send:
+def sender(
+    settings: Settings, *, resolver: Resolver | None = None, should_stop: Callable[[], bool] = lambda: False
+) -> Send:
     """Sends over the network, to addresses that were checked. Redirects are answers like others."""
     policy = addresses.webhook_policy(settings)
 
@@ -104,13 +110,15 @@ def sender(settings: Settings, *, resolver: Resolver | None = None) -> Send:
         try:
             with pinned.request(
                 "POST", message.url, policy=policy, timeout_s=message.timeout_s, headers=message.headers,
-                content=message.body, resolver=resolver,
+                content=message.body, resolver=resolver, should_stop=should_stop,
             ) as response:  # fmt: skip
                 return Answer(status=response.status, retry_after=response.headers.get("retry-after", ""))
         except addresses.Refused as e:
             return Answer(error=f"not sent: the URL {e.reason}")
         except pinned.Unreachable as e:
             return Answer(error=f"the receiver {e.reason}")
+        except pinned.Stopped:
+            return Answer(error="not sent: the server was stopping", stopped=True)
 
     return send
 
@@ -129,7 +137,7 @@ def deliver_due(
     As long as an attempt is under way, what becomes due meanwhile is sent too: a slow receiver delays nobody. Call it
     again and again, in any number of processes.
     """
-    send = send or sender(settings)
+    send = send or sender(settings, should_stop=_some_time_after(should_stop, STOP_GRACE_S))
     made = 0
     flying: dict[Future[Answer], _Attempt] = {}
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhook") as pool:
@@ -194,6 +202,20 @@ def origin(url: str) -> str:
     """Scheme, host and port, as they begin the URL, in lower case."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}".lower()
+
+
+def _some_time_after(happened: Callable[[], bool], seconds: float) -> Callable[[], bool]:
+    """True so long after another condition was first seen to be true."""
+    seen: list[float] = []
+
+    def over() -> bool:
+        if happened():
+            if not seen:
+                seen.append(time.monotonic())
+            return time.monotonic() - seen[0] >= seconds
+        return False
+
+    return over
 
 
 def _safely(send: Send, message: Message) -> Answer:
@@ -325,6 +347,13 @@ def _record(tx: Tx, delivery: Delivery, answer: Answer, jitter: Jitter) -> None:
         )
         if delivery.endpoint_id is not None:
             endpoints.worked(tx, delivery.endpoint_id)
+        return
+    if answer.stopped:
+        tx.run(
+            deliveries.update()
+            .where(d.seq == delivery.seq, d.state == "pending", d.attempts == delivery.attempts)
+            .values(attempts=delivery.attempts - 1, lease_until=None, last_error=answer.error)
+        )
         return
     error = answer.error or f"the receiver answered {answer.status}, 200 to 299 expected"
     if answer.status == 410:

@@ -11,7 +11,7 @@ from mutoscope.jobs import endpoints, webhooks
 from mutoscope.jobs.database import Database
 from mutoscope.settings import Settings
 from tests.service.databases import START
-from tests.service.webhooks.conftest import Receiver
+from tests.service.webhooks.conftest import Receiver, Sends
 from tests.service.webhooks.telling import deliver, endpoint, only, tell
 
 
@@ -130,3 +130,27 @@ def test_one_hung_receiver_delays_nobody(db: Database, settings: Settings, accou
     assert set(well.times) == set(paths)
     assert sorted(well.times[path] - told[path] for path in paths)[97] < 2.0
     assert len(hung.got) <= webhooks.PER_ORIGIN
+
+
+def test_server_that_stops_leaves_hung_receivers_to_the_next(
+    db: Database, settings: Settings, account: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within its grace, and without counting the attempt; the next one sends the same again."""
+    monkeypatch.setattr(webhooks, "STOP_GRACE_S", 0.1)
+    made = endpoint(db, settings, receiver.url("/hang"))
+    tell(db)
+    stop = threading.Event()
+    patient = settings.model_copy(update={"webhook_timeout_s": 60.0})
+    sending = threading.Thread(target=deliver, args=(db, patient), kwargs={"should_stop": stop.is_set})
+    sending.start()
+    assert receiver.arrived.acquire(timeout=10)
+    stop.set()
+    sending.join(timeout=20)
+    assert not sending.is_alive()
+    row = only(db)
+    assert (row.state, row.attempts, row.lease_until, row.next_at) == ("pending", 0, None, START)
+    with db.read() as tx:
+        assert endpoints.get(tx, "acct", made.id).failing_since is None
+    sends = Sends()
+    deliver(db, settings, sends)
+    assert sends.sent[0].headers["webhook-id"] == receiver.got[0][1]["webhook-id"]
