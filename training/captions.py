@@ -185,6 +185,19 @@ def caption(scene: Scene, rng: np.random.Generator, split: str = "train") -> str
     return text
 
 
+UNNAMED_TEMPLATES = ("it {does} on {on}", "on {on}, it {does}", "{bg}, it {does}")
+HELD_OUT_UNNAMED_TEMPLATES = ("it {does}, {bg}",)
+
+
+def unnamed(scene: Scene, rng: np.random.Generator, split: str = "train") -> str:
+    """A caption that says what happens and where, but not what the (first) object is: a reference shows that."""
+    background = _background(scene, rng)
+    does, _ = _pick(rng, VERBS[scene.objects[0].motion])
+    templates = HELD_OUT_UNNAMED_TEMPLATES if split == "heldout" else UNNAMED_TEMPLATES
+    text = _pick(rng, templates).format(does=does, bg=background, on=f"a {background}")
+    return text if scene.camera == "static" else f"{text}, {_pick(rng, CAMERA_PHRASES[scene.camera])}"
+
+
 def _pick(rng: np.random.Generator, options: tuple[T, ...]) -> T:
     return options[int(rng.integers(len(options)))]
 

@@ -1,9 +1,12 @@
 """Rendered clips on disk: shards of frames, captions and attributes, made once and memory-mapped by the trainers.
 
-    python -m training.data runs/data --clips 24576 --images 98304
+    python -m training.data runs/data --level full --clips 24576 --images 65536
+    python -m training.data runs/data/wide --level full --clips 2048 --images 0 --size 112 64
 
 A shard is a folder: `frames.npy` uint8 [N, F, H, W, 3], `masks.npy` uint8 [N, F, H/8, W/8] (share of each 8 x 8 cell
-that is object, 0..255) and `captions.json` with three captions and the attribute classes of each clip.
+that is object, 0..255) and `captions.json` with three captions and the attribute classes of each clip. Clips also have
+what VACE tasks need: `boxes.npy` float16 [N, F, 4] (the first object's box, fractions of the frame), `portraits.npy`
+uint8 [N, H, W, 3] (that object on white) and `unnamed.json` (captions that leave the object to the picture).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ CAPTIONS_PER_CLIP = 3
 def make_shard(folder: Path, seed: int, *, level: str, n: int, frames: int, size: tuple[int, int]) -> Path:
     """Render one shard. `size` is (width, height) in pixels. A finished shard is left alone."""
     if (folder / "captions.json").exists():
-        return folder
+        return add_task_inputs(folder, seed, level=level, n=n, frames=frames, size=size)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     width, height = size
@@ -45,6 +48,30 @@ def make_shard(folder: Path, seed: int, *, level: str, n: int, frames: int, size
     clips.flush()
     np.save(folder / "masks.npy", cells)
     (folder / "captions.json").write_text(json.dumps({"captions": texts, "classes": classes}))
+    return add_task_inputs(folder, seed, level=level, n=n, frames=frames, size=size)
+
+
+def add_task_inputs(
+    folder: Path, seed: int, *, level: str, n: int, frames: int, size: tuple[int, int]
+) -> Path:
+    """Boxes, portraits and unnamed captions of a rendered shard: its scenes are drawn again, without rendering."""
+    if frames == 1 or (folder / "unnamed.json").exists():
+        return folder
+    rng, own = np.random.default_rng(seed), np.random.default_rng((seed, 1))
+    width, height = size
+    boxes = np.zeros((n, frames, 4), np.float16)
+    portraits = np.zeros((n, height, width, 3), np.uint8)
+    texts = []
+    for i in range(n):
+        scene = world.sample(rng, level=level, width=width, height=height, frames=frames)
+        for _ in range(CAPTIONS_PER_CLIP):
+            captions.caption(scene, rng)
+        boxes[i] = world.boxes(scene)[0] / (width, height, width, height)
+        portraits[i] = world.portrait(scene.objects[0], width, height)
+        texts.append([captions.unnamed(scene, own)])
+    np.save(folder / "boxes.npy", boxes)
+    np.save(folder / "portraits.npy", portraits)
+    (folder / "unnamed.json").write_text(json.dumps(texts))
     return folder
 
 
@@ -80,6 +107,9 @@ class Shard:
     masks: NDArray[np.uint8]
     captions: list[list[str]]
     classes: NDArray[np.int64]
+    boxes: NDArray[np.float16] | None = None
+    portraits: NDArray[np.uint8] | None = None
+    unnamed: list[list[str]] | None = None
 
 
 def shards(root: Path, kind: str, *, most: int | None = None, in_memory: bool = False) -> list[Shard]:
@@ -91,9 +121,16 @@ def shards(root: Path, kind: str, *, most: int | None = None, in_memory: bool = 
             text = json.loads((folder / "captions.json").read_text())
             out.append(
                 Shard(np.load(folder / "frames.npy", mmap_mode=mode), np.load(folder / "masks.npy"),
-                      text["captions"], np.array(text["classes"]))
+                      text["captions"], np.array(text["classes"]), *_task_inputs(folder))
             )  # fmt: skip
     return out
+
+
+def _task_inputs(folder: Path) -> tuple:
+    if not (folder / "unnamed.json").exists():
+        return ()
+    unnamed = json.loads((folder / "unnamed.json").read_text())
+    return np.load(folder / "boxes.npy"), np.load(folder / "portraits.npy"), unnamed
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mutoscope.engine.tokenizer import Tokenizer
 from mutoscope.engine.umt5 import UMT5Config, UMT5Encoder
 from mutoscope.engine.wan import WanConfig, WanModel, rope_table
-from training import captions, data, optim, pca
+from training import captions, data, optim, pca, tasks
 from training.make_tokenizer import train_tokenizer
 
 TEXT = {"dim": 128, "ffn_dim": 256, "n_layers": 2, "n_heads": 2, "head_dim": 64, "n_buckets": 32}
@@ -81,10 +81,15 @@ class Examples:
         self.code = code
         self.shards = data.shards(root, kind, in_memory=kind == "clips")  # VACE tasks pick frames at random
         latents, ids, classes, masks = [], [], [], []
+        self.has_task_inputs = all(shard.unnamed is not None for shard in self.shards)
         for shard in self.shards:
             for start in range(0, len(shard.frames), 256):
                 latents.append(code.encode(_video(shard.frames[start : start + 256])).half())
-            ids += [[tokenizer.encode(text) for text in texts] for texts in shard.captions]
+            more = shard.unnamed or [[] for _ in shard.captions]
+            ids += [
+                [tokenizer.encode(text) for text in (*texts, *extra)]
+                for texts, extra in zip(shard.captions, more, strict=True)
+            ]
             classes.append(shard.classes)
             masks.append(_token_mask(torch.from_numpy(shard.masks)))
         self.latents, self.masks = torch.cat(latents), torch.cat(masks)
@@ -95,9 +100,12 @@ class Examples:
             for c, one in enumerate(row):
                 self.ids[n, c, : len(one)] = torch.tensor(one)
 
-    def next(self, n: int, dropout: float = 0.1) -> dict[str, Tensor]:
+    def next(self, n: int, dropout: float = 0.1, unnamed: float = 0.0) -> dict[str, Tensor]:
+        """A batch; `unnamed` is the share of captions that leave the object to a reference."""
         pick = torch.from_numpy(self.rng.integers(len(self.latents), size=n))
-        which = torch.from_numpy(self.rng.integers(self.ids.shape[1], size=n))
+        which = torch.from_numpy(self.rng.integers(data.CAPTIONS_PER_CLIP, size=n))
+        if unnamed:
+            which[torch.from_numpy(self.rng.random(n) < unnamed)] = data.CAPTIONS_PER_CLIP
         ids, lengths = self.ids[pick, which].clone(), self.lengths[pick, which].clone()
         dropped = torch.from_numpy(self.rng.random(n) < dropout)
         ids[dropped, 0] = 1  # the empty prompt is one end token
@@ -111,46 +119,33 @@ class Examples:
         """A random VACE task for each clip: what is kept, what is to be made, and the mask, [B, 96, F', H/8, W/8]."""
         frames, masks = [], []
         for i in batch["index"].tolist():
-            shard = self.shards[i // data.SHARD]
-            clip = shard.frames[i % data.SHARD]
-            mask = random_task(self.rng, *clip.shape[:3])
-            frames.append(clip if mask.min() == 0 else np.full_like(clip, 127.5))
-            masks.append(mask)
-        video, mask = _video(np.stack(frames)), torch.from_numpy(np.stack(masks))[:, None].float()
-        video = torch.where(mask.flatten(1).min(1).values.view(-1, 1, 1, 1, 1) > 0, 0.0, video)
-        kept, made = self.code.encode(video * (1 - mask)), self.code.encode(torch.zeros_like(video))
+            shard, row = self.shards[i // data.SHARD], i % data.SHARD
+            boxes = None if shard.boxes is None else shard.boxes[row]
+            shown = tasks.random_task(self.rng, shard.frames[row], boxes)
+            frames.append(shown.frames)
+            masks.append(shown.mask)
+        video, mask = _video(np.stack(frames)), torch.from_numpy(np.stack(masks))[:, None]
+        kept, made = self.code.encode(video * (1 - mask)), self.code.encode(video * mask)
         cells = mask[:, 0].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
         cells = F.interpolate(cells, size=kept.shape[2:], mode="nearest-exact")
         return torch.cat((kept, made, cells), dim=1)
 
-
-def random_task(rng: np.random.Generator, f: int, h: int, w: int) -> np.ndarray:
-    """A mask [F, H, W], 1 = generate: all, all but given frames, or a box in space."""
-    mask = np.ones((f, h, w), np.float32)
-    kind = rng.random()
-    if kind < 0.30:  # text only
-        return mask
-    if kind < 0.55:
-        mask[0] = 0
-    elif kind < 0.62:
-        mask[-1] = 0
-    elif kind < 0.72:
-        mask[[0, -1]] = 0
-    elif kind < 0.78:
-        mask[rng.random(f) < 0.3] = 0
-    elif kind < 0.86:
-        mask[: int(rng.integers(2, f - 3))] = 0
-    elif kind < 0.90:
-        mask[int(rng.integers(3, f - 2)) :] = 0
-    else:
-        bw, bh = rng.integers(w // 4, 3 * w // 4 + 1), rng.integers(h // 4, 3 * h // 4 + 1)
-        x0, y0 = rng.integers(0, w - bw + 1), rng.integers(0, h - bh + 1)
-        if kind < 0.95:
-            mask[:] = 0
-            mask[:, y0 : y0 + bh, x0 : x0 + bw] = 1
-        else:
-            mask[:, y0 : y0 + bh, x0 : x0 + bw] = 0
-    return mask
+    def add_reference(self, batch: dict[str, Tensor]) -> Tensor:
+        """Text to video with a reference: its latent goes in front of the clip and of the (empty) context, returned."""
+        pictures = []
+        for i in batch["index"].tolist():
+            portraits = self.shards[i // data.SHARD].portraits
+            assert portraits is not None
+            pictures.append(portraits[i % data.SHARD])
+        reference = self.code.encode(_video(np.stack(pictures)[:, None]))
+        x = batch["x"]
+        nothing = self.code.encode(torch.zeros(1, 3, 1 + 4 * (x.shape[2] - 1), *(8 * s for s in x.shape[3:])))
+        b, _, f, h, w = x.shape
+        empty = torch.cat((nothing, nothing, torch.ones(1, 64, f, h, w)), dim=1).expand(b, -1, -1, -1, -1)
+        front = F.pad(reference, (0, 0, 0, 0, 0, 0, 0, empty.shape[1] - reference.shape[1]))
+        batch["x"] = torch.cat((reference, x), dim=2)
+        batch["mask"] = torch.cat((torch.zeros_like(batch["mask"][:, :1]), batch["mask"]), dim=1)
+        return torch.cat((front, empty), dim=2)
 
 
 def _video(frames: np.ndarray) -> Tensor:
@@ -212,6 +207,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
     code = pca.LinearCode.load(runs / "code.pt")
     examples = Examples(a.data, "images" if stage == "images" else "clips", code, tokenizer, int(time.time()))
     pictures = Examples(a.data, "images", code, tokenizer, int(time.time()) + 1) if a.pictures else None
+    others = [Examples(root, "clips", code, tokenizer, int(time.time()) + 2) for root in a.also]
     device = torch.device(a.device)
     model = Starter()
     if a.out.exists():
@@ -230,10 +226,8 @@ def train(stage: str, a: argparse.Namespace) -> None:
     ]
     rates = [group["lr"] for o in optimisers for group in o.param_groups]
     ema = optim.EMA(model, a.ema)
-    size = examples.latents.shape[2:]
-    ropes = {
-        f: rope_table((f, size[1] // 2, size[2] // 2), DIT.head_dim, device=device) for f in {1, size[0]}
-    }
+    ropes: dict[tuple[int, ...], Tensor] = {}
+    torch._dynamo.config.recompile_limit = 64  # a few shapes, each compiled once
     if a.compile:
         for layer in (*model.dit.blocks, *model.dit.vace_blocks, *model.text.enc.blk):
             layer.compile(dynamic=False)
@@ -242,15 +236,24 @@ def train(stage: str, a: argparse.Namespace) -> None:
     while (progress := (time.time() - start) / (60 * a.minutes)) < 1:
         for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * optim.decayed(progress, decay=a.decay)
-        source = pictures if pictures is not None and step % 4 == 3 else examples
-        batch = source.next(a.batch * (4 if source is pictures else 1))
-        context = examples.vace_context(batch) if stage == "vace" and source is examples else None
+        source, n, refer = examples, a.batch, False
+        if pictures is not None and step % 6 == 5:
+            source, n = pictures, 4 * a.batch
+        elif others and step % 6 == 2:
+            source, n = others[(step // 6) % len(others)], a.batch // 2
+        elif stage == "vace" and step % 12 == 7:
+            refer = examples.has_task_inputs
+        batch = source.next(n, unnamed=0.6 if refer else 0.0)
+        context = None
+        if stage == "vace" and source is not pictures:
+            context = source.add_reference(batch) if refer else source.vace_context(batch)
         batch = {name: value.to(device) for name, value in batch.items()}
         context = None if context is None else context.to(device)
+        grid = (batch["x"].shape[2], batch["x"].shape[3] // 2, batch["x"].shape[4] // 2)
+        if grid not in ropes:
+            ropes[grid] = rope_table(grid, DIT.head_dim, device=device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss, report = loss_of(
-                model, batch, context, ropes[batch["x"].shape[2]], 0.1 if stage == "images" else 0.03
-            )
+            loss, report = loss_of(model, batch, context, ropes[grid], 0.1 if stage == "images" else 0.03)
         for o in optimisers:
             o.zero_grad(set_to_none=True)
         loss.backward()
@@ -291,7 +294,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pictures", action="store_true", help="every fourth batch is of pictures")
+    parser.add_argument("--pictures", action="store_true", help="every sixth batch is of pictures")
+    parser.add_argument(
+        "--also", type=Path, nargs="*", default=[], help="data of other sizes, every sixth batch in turn"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile, worth it for long runs")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)

@@ -2,7 +2,8 @@
 
     python -m training.train_vae decoder --minutes 20     decoder from the code's latents
     python -m training.train_vae encoder --minutes 10     encoder to the code's latents
-    python -m training.train_vae joint --minutes 20       both, the latents kept near the code
+    python -m training.train_vae joint --minutes 60       both, the latents kept near the code
+    python -m training.train_vae finish --minutes 30      decoder only, from the encoder's and from the code's latents
 
 Continues from `runs/vae.pt` if it is there; the file is rewritten every minute.
 """
@@ -92,6 +93,7 @@ def train(
         vae.load_state_dict(torch.load(out, weights_only=True))
     parts = {"decoder": [vae.conv2, vae.decoder], "encoder": [vae.encoder, vae.conv1]}
     parts["joint"] = parts["decoder"] + parts["encoder"]
+    parts["finish"] = parts["decoder"]
     muon, adam = optim.split(parts[mode], adam_names=("gamma", "head.2"))
     optimisers = [
         optim.Muon(muon, lr=lr),
@@ -106,16 +108,15 @@ def train(
         for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * optim.decayed(progress)
         video, mask = batches.next(batch)
-        shown = video if mode == "decoder" else batches.gray_out(video)
+        shown = video if mode in ("decoder", "finish") else batches.gray_out(video)
         target = code.encode(shown)
         loss = torch.zeros(())
+        from_code = mode == "decoder" or (mode == "finish" and batches.rng.random() < 0.4)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            z = (
-                target
-                if mode == "decoder"
-                else vae.encode(shown.contiguous(memory_format=torch.channels_last_3d), n_frames)
-            )
-            if mode != "decoder":
+            with torch.set_grad_enabled(mode != "finish"):
+                pixels = shown.contiguous(memory_format=torch.channels_last_3d)
+                z = target if from_code else vae.encode(pixels, n_frames)
+            if mode in ("encoder", "joint"):
                 code_loss = (z - target).square().mean()
                 running["code"] = float(code_loss.detach())
                 loss = loss + code_loss * (10.0 if mode == "encoder" else 0.5)
@@ -156,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=("decoder", "encoder", "joint"))
+    parser.add_argument("mode", choices=("decoder", "encoder", "joint", "finish"))
     parser.add_argument("--data", type=Path, default=Path("runs/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/vae.pt"))
     parser.add_argument("--minutes", type=float, default=20)

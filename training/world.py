@@ -555,6 +555,18 @@ def render(scene: Scene) -> NDArray[np.uint8]:
     return (frames + np.float32(0.5)).astype(np.uint8)
 
 
+def portrait(thing: Object, width: int, height: int) -> NDArray[np.uint8]:
+    """The object alone, upright and large in the middle of a white picture, [H,W,3]: a reference for VACE.
+
+    A white object stands on gray, or it could not be seen.
+    """
+    pose = Track(np.full((1, 2), 0.5, np.float32), np.full(1, 0.32, np.float32), np.zeros(1, np.float32))
+    alpha = coverage(thing.shape, "solid" if thing.style == "shadow" else thing.style, pose, width, height)[0]
+    paper = np.float32(128 if thing.color == "white" else 255)
+    color = np.array(COLORS[thing.color], np.float32)
+    return (paper + alpha[..., None] * (color - paper) + np.float32(0.5)).astype(np.uint8)
+
+
 def object_masks(scene: Scene) -> Floats:
     """Visible part of each object, [n,F,H,W] 0..1; a later object hides an earlier one."""
     masks = [
