@@ -55,7 +55,7 @@ def router(ctx: Context) -> APIRouter:
         async def answer() -> Reply:
             await edge.on_thread(lambda: _check(ctx, request, asset_id, "upload"))
             form = await edge.read_form(request, ctx.settings.max_upload_bytes + 2**16)
-            async with form:
+            try:
                 sent = form.get("file")
                 if not isinstance(sent, UploadFile):
                     raise InvalidRequest("The form has no file in the field `file`.", field="file")
@@ -64,6 +64,8 @@ def router(ctx: Context) -> APIRouter:
                     while chunk := await sent.read(2**20):
                         out.write(chunk)
                 name = sent.filename or ""
+            finally:
+                await form.close()
             await edge.on_thread(lambda: arrived(ctx, asset_id, path, filename=name))
             return Reply(204)
 
