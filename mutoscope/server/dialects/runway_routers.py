@@ -6,6 +6,7 @@ names as they were given) is kept beside them in `Rules.shown`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -176,7 +177,6 @@ def routing(
         "provider": PROVIDER,
         "estimatedCost": {"credits": job.cost},
         "resolvedInput": {
-            "duration": resolved.seconds,
             "ratio": f"{resolved.out_width}:{resolved.out_height}",
             "resolution": asked.get("resolution", resolved.tier),
         },
@@ -185,6 +185,12 @@ def routing(
             "priceCeiling": router.rules.max_credits.get(kind),
         },
     }
+    if kind == "video":
+        made["resolvedInput"]["duration"] = resolved.seconds
+    else:
+        divisor = math.gcd(resolved.out_width, resolved.out_height)
+        shape = f"{resolved.out_width // divisor}:{resolved.out_height // divisor}"
+        made["resolvedInput"]["aspectRatio"] = asked.get("aspectRatio", shape)
     if made["resolvedSettings"]["priceCeiling"] is None:
         del made["resolvedSettings"]["priceCeiling"]
     if data.get("capacityFallback"):

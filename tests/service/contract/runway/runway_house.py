@@ -12,13 +12,13 @@ import httpx
 import numpy as np
 import uvicorn
 from fastapi.testclient import TestClient
-from mutoscope.server.app import create_app
 from runwayml import RunwayML
 
 from mutoscope.jobs import accounts, queue
 from mutoscope.jobs.database import Database
 from mutoscope.jobs.model import Account, Failure, Job, Output
 from mutoscope.media.write import VideoWriter, write_image
+from mutoscope.server.app import create_app
 from mutoscope.settings import Settings
 
 BASE_URL = "http://testserver"
@@ -99,7 +99,7 @@ class House:
 @contextlib.contextmanager
 def listening(house: House) -> Iterator[str]:
     """The app on a free port of this machine; its URL."""
-    config = uvicorn.Config(house.app, host="127.0.0.1", port=0, log_level="warning", lifespan="on")
+    config = uvicorn.Config(house.app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
     server = uvicorn.Server(config)
     ready = threading.Event()
     startup = server.startup

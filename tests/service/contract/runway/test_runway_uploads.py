@@ -23,7 +23,7 @@ def test_an_upload_becomes_a_first_frame(house: House, picture: Path) -> None:
         listening(house) as url,
         RunwayML(api_key=house.key, base_url=url, _strict_response_validation=True) as client,
     ):
-        uri = client.uploads.create_ephemeral(picture).uri
+        uri = client.uploads.create_ephemeral(file=picture).uri
         made = client.image_to_video.create(model="gen4_turbo", prompt_image=uri, ratio="1280:720")
         again = client.image_to_video.create(model="gen4_turbo", prompt_image=uri, ratio="1280:720")
         assert made.id != again.id
@@ -37,9 +37,9 @@ def test_an_upload_that_is_no_picture_is_refused(house: House) -> None:
     with (
         listening(house) as url,
         RunwayML(api_key=house.key, base_url=url, _strict_response_validation=True) as client,
+        pytest.raises(runwayml.APIStatusError, match="Upload failed with status 4"),
     ):
-        with pytest.raises(runwayml.APIStatusError, match="Upload failed with status 4"):
-            client.uploads.create_ephemeral(("a.png", b"no picture at all" * 100))
+        client.uploads.create_ephemeral(file=("a.png", b"no picture at all" * 100))
 
 
 def test_upload_urls_are_signed_and_need_no_key(house: House, picture: Path) -> None:
@@ -60,8 +60,17 @@ def test_upload_urls_are_signed_and_need_no_key(house: House, picture: Path) -> 
     assert house.http.post(str(url), data=begun["fields"], files=files).status_code < 300
 
 
-@pytest.mark.parametrize("body", [{}, {"filename": "a"}, {"filename": "", "type": "ephemeral"},
-                                  {"filename": "a", "type": "eternal"}, [], {"filename": "a" * 300, "type": "ephemeral"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"filename": "a"},
+        {"filename": "", "type": "ephemeral"},
+        {"filename": "a", "type": "eternal"},
+        [],
+        {"filename": "a" * 300, "type": "ephemeral"},
+    ],
+)
 def test_upload_bodies_are_checked(house: House, body: Any) -> None:
     headers = {"authorization": f"Bearer {house.key}", "x-runway-version": "2024-11-06"}
     assert house.http.post("/v1/uploads", json=body, headers=headers).status_code == 400
