@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mutoscope import __version__
-from mutoscope.jobs import migrations
+from mutoscope.jobs import migrations, webhooks
 from mutoscope.jobs.blobs import Blobs, url_secret
 from mutoscope.jobs.database import Database
 from mutoscope.jobs.errors import InvalidRequest, JobsError, NotFound
@@ -43,7 +43,8 @@ def create_app(settings: Settings, *, loops: bool = False) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         ctx.tail.start()
-        background = Loops(ctx, {})
+        linked = webhooks.linked(lambda job, output: ctx.links().output(job, output))
+        background = Loops(ctx, {"standard": linked})
         if loops:
             background.start()
         yield

@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import sqlalchemy as sa
 
-from mutoscope.jobs import housekeeping, webhooks
+from mutoscope.jobs import assets, housekeeping, webhooks
+from mutoscope.media import sandbox
 from mutoscope.server.context import Context
 
 log = logging.getLogger("mutoscope.server")
 
 SWEEP_S = 5.0
 DELIVER_S = 0.5
+ORPHANS_S = 3600.0
 STOP_S = 10.0
 
 
@@ -28,9 +30,11 @@ class Loops:
             self._loop("housekeeping", SWEEP_S, lambda: housekeeping.sweep(ctx.db, settings)),
             self._loop("webhooks", DELIVER_S, lambda: webhooks.deliver_due(
                 ctx.db, settings, render=render, should_stop=self._stop.is_set)),
+            self._loop("orphans", ORPHANS_S, lambda: _sweep_orphans(ctx)),
         ]  # fmt: skip
 
     def start(self) -> None:
+        sandbox.shared().warm()  # its helper takes a moment to start: the first upload need not wait
         for thread in self._threads:
             thread.start()
 
@@ -38,6 +42,7 @@ class Loops:
         self._stop.set()
         for thread in self._threads:
             thread.join(STOP_S)
+        sandbox.close()
 
     def _loop(self, name: str, every_s: float, work: Callable[[], object]) -> threading.Thread:
         def run() -> None:
@@ -51,3 +56,8 @@ class Loops:
                 self._stop.wait(every_s)
 
         return threading.Thread(target=run, name=name, daemon=True)
+
+
+def _sweep_orphans(ctx: Context) -> int:
+    with ctx.db.read() as tx:
+        return assets.sweep_orphans(tx, data_dir=ctx.settings.data_dir)
