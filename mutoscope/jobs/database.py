@@ -32,10 +32,10 @@ class Tx:
     conn: Connection
     now: float
 
-    def all(self, statement: sa.Executable, **values: Any) -> Sequence[Row[Any]]:
+    def all(self, statement: sa.Executable, **values: Any) -> Sequence[Row[*tuple[Any, ...]]]:
         return self.conn.execute(statement, values).all()
 
-    def first(self, statement: sa.Executable, **values: Any) -> Row[Any] | None:
+    def first(self, statement: sa.Executable, **values: Any) -> Row[*tuple[Any, ...]] | None:
         return self.conn.execute(statement, values).first()
 
     def scalar(self, statement: sa.Executable, **values: Any) -> Any:

@@ -8,13 +8,16 @@ that was never run, by a first guess. Kept in the database, so a restart forgets
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Row
 
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.model import Job, Resolved, State
-from mutoscope.jobs.scheduling import ORDER
+from mutoscope.jobs.scheduling import ORDER, QUEUED, RUNNING
 from mutoscope.jobs.schema import jobs, timings, workers
 
 SAMPLES = 20
@@ -75,15 +78,13 @@ def wait(tx: Tx, job: Job) -> float:
     """Seconds until a waiting job starts: the estimates of all that comes before it, shared by the live workers."""
     if job.state not in (State.QUEUED, State.THROTTLED):
         return 0.0
-    ahead = sa.select(sa.func.sum(jobs.c.estimate_s)).where(jobs.c.state == State.QUEUED)
+    ahead = sa.select(sa.func.sum(jobs.c.estimate_s)).where(QUEUED)
     if job.state is State.QUEUED:
         mine = tx.first(sa.select(*ORDER).where(jobs.c.id == job.id))
         if mine is not None:
             ahead = ahead.where(sa.tuple_(*ORDER) < sa.tuple_(*(sa.literal(v) for v in mine)))
     left = sa.case((jobs.c.eta_at > tx.now, jobs.c.eta_at - tx.now), else_=0.0)
-    running = tx.first(
-        sa.select(sa.func.sum(left), sa.func.min(left), sa.func.count()).where(jobs.c.state == State.RUNNING)
-    )
+    running = tx.first(sa.select(sa.func.sum(left), sa.func.min(left), sa.func.count()).where(RUNNING))
     n = live_workers(tx)
     total = float(tx.scalar(ahead) or 0.0)
     if running is not None and running[2] >= n:
@@ -93,10 +94,10 @@ def wait(tx: Tx, job: Job) -> float:
 
 def backlog(tx: Tx) -> float:
     """Seconds until a job that is submitted now would start."""
-    queued = sa.select(sa.func.sum(jobs.c.estimate_s)).where(jobs.c.state == State.QUEUED)
+    queued = sa.select(sa.func.sum(jobs.c.estimate_s)).where(QUEUED)
     total, n = float(tx.scalar(queued) or 0.0), live_workers(tx)
     left = sa.case((jobs.c.eta_at > tx.now, jobs.c.eta_at - tx.now), else_=0.0)
-    running = tx.first(sa.select(sa.func.sum(left), sa.func.count()).where(jobs.c.state == State.RUNNING))
+    running = tx.first(sa.select(sa.func.sum(left), sa.func.count()).where(RUNNING))
     busy = running is not None and running[1] >= n
     return (total + (float(running[0] or 0.0) if running is not None and busy else 0.0)) / n
 
@@ -125,16 +126,14 @@ def prune(tx: Tx) -> int:
     return tx.run(sa.delete(timings).where(timings.c.id.in_(sa.select(old.c.id).where(old.c.rank > KEPT))))
 
 
-def _samples(
-    tx: Tx, model: str, device: str | None, shape: str | None
-) -> list[sa.Row[tuple[str, float, float, float]]]:
+def _samples(tx: Tx, model: str, device: str | None, shape: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
     query = sa.select(timings.c.shape, timings.c.work, timings.c.step_s, timings.c.rest_s)
     query = query.where(timings.c.model == model)
     if device is not None:
         query = query.where(timings.c.device == device)
     if shape is not None:
         query = query.where(timings.c.shape == shape)
-    return list(tx.conn.execute(query.order_by(timings.c.id.desc()).limit(SAMPLES)).all())
+    return tx.all(query.order_by(timings.c.id.desc()).limit(SAMPLES))
 
 
 def _steps_of(shape: str) -> int:

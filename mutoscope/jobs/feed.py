@@ -1,11 +1,11 @@
 """The log of what happens to jobs, for those who watch: numbered rows, replayed from any number on.
 
-Types: "state" (a transition), "progress" (stage, step, fraction, expected end), "preview" (a small picture as data URI).
+Types: "state" (a transition), "progress" (stage, step, fraction, expected end), "preview" (a picture as data URI).
 
-A reader that has seen a number never gets a smaller one later. On SQLite that is so by itself, as there is one writer at a
-time. PostgreSQL gives out numbers when rows are written and shows rows when they are committed, so a smaller number may
-show up after a larger one. There writers share a lock until they commit, and a reader that finds a number missing waits
-until nobody holds it: then what is missing stays missing.
+A reader that has seen a number never gets a smaller one later. On SQLite that is so by itself, as there is one writer
+at a time. PostgreSQL gives out numbers when rows are written and shows rows when they are committed, so a smaller one
+may show up after a larger one. There writers share a lock until they commit, and a reader that finds a number missing
+waits until nobody holds it: then what is missing stays missing.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def last_id(tx: Tx) -> int:
 
 def prune(tx: Tx, *, before: float, limit: int = 10_000) -> int:
     """Forget what was written before a moment, at most `limit` events at once. Returns how many."""
-    old = sa.select(job_events.c.id).where(job_events.c.at < before).order_by(job_events.c.id).limit(limit)
+    first = tx.scalar(sa.select(sa.func.min(job_events.c.id)))
+    old = sa.select(job_events.c.id).where(job_events.c.id < (first or 0) + limit, job_events.c.at < before)
     return tx.run(sa.delete(job_events).where(job_events.c.id.in_(old)))
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
-from mutoscope.jobs import assets, eta, feed, idempotency, outbox, queue
+from mutoscope.jobs import accounts, assets, eta, feed, idempotency, outbox, queue
 from mutoscope.jobs.blobs import Blobs
-from mutoscope.jobs.database import Database
-from mutoscope.jobs.model import TERMINAL
-from mutoscope.jobs.schema import jobs
+from mutoscope.jobs.database import Database, Tx
+from mutoscope.jobs.schema import jobs, settings_kept
 from mutoscope.settings import Settings
 
 DAY_S = 24 * 3600.0
@@ -28,34 +29,59 @@ class Swept:
 
 def sweep(db: Database, settings: Settings) -> Swept:
     """Leases that ran out, files that are too old or whose job was deleted, rows that nobody needs any more."""
+    lost = _rescue(db, settings)
+    with db.read() as tx:
+        now = tx.now
+    old = now - settings.retention_days * DAY_S
+    emptied = _empty(db, settings, "swept_finished", jobs.c.finished_at, old)
+    emptied += _empty(db, settings, "swept_deleted", jobs.c.deleted_at, now)
     with db.write() as tx:
-        late = queue.expired(tx)
-        for job in late:
-            silent_s = tx.now - (job.lease_until or tx.now) + settings.lease_s
-            why = f"its worker was not heard of for {silent_s:.0f} s"
-            queue.lose(tx, job.id, job.fence, why, max_crashes=settings.max_crashes)
-    emptied = _empty(db, settings)
-    with db.write() as tx:
-        n = idempotency.prune(tx, tx.now - settings.idempotency_hours * 3600)
-        n += feed.prune(tx, before=tx.now - settings.retention_days * DAY_S)
-        n += outbox.prune(tx, tx.now - settings.retention_days * DAY_S)
+        n = idempotency.prune(tx, now - settings.idempotency_hours * 3600)
+        n += feed.prune(tx, before=old)
+        n += outbox.prune(tx, old)
         n += assets.expire(tx, data_dir=settings.data_dir)
         n += eta.prune(tx)
-    return Swept(lost=len(late), emptied=emptied, forgotten=n)
+        accounts.renew_due(tx)
+    return Swept(lost=lost, emptied=emptied, forgotten=n)
 
 
-def _empty(db: Database, settings: Settings) -> int:
-    """Delete the files of old and of deleted jobs; the rows stay, for the books."""
+def _rescue(db: Database, settings: Settings) -> int:
+    """One transaction for each job: a job that cannot be moved does not keep the others."""
+    with db.read() as tx:
+        late = queue.expired(tx)
+    lost = 0
+    for job in late:
+        with db.write() as tx:
+            if queue.is_expired(tx, job):  # it may have been heard of in between
+                silent_s = tx.now - (job.lease_until or tx.now) + settings.lease_s
+                why = f"its worker was not heard of for {silent_s:.0f} s"
+                moved = queue.lose(tx, job.id, job.fence, why, max_crashes=settings.max_crashes)
+                lost += moved is not None
+    return lost
+
+
+def _empty(db: Database, settings: Settings, name: str, column: sa.Column[Any], before: float) -> int:
+    """Delete the files of jobs that ended or were deleted before a moment; the rows stay, for the books.
+
+    `name` keeps how far this has come, so that a sweep does not look at what it has seen.
+    """
     blobs = Blobs(settings.data_dir)
     with db.read() as tx:
-        old = jobs.c.finished_at < tx.now - settings.retention_days * DAY_S
+        since = float(tx.scalar(sa.select(settings_kept.c.value).where(settings_kept.c.name == name)) or 0.0)
         has_files = sa.cast(jobs.c.outputs, sa.Text) != "[]"
-        ended = jobs.c.state.in_(list(TERMINAL))
-        query = sa.select(jobs.c.id).where(ended, old | jobs.c.deleted_at.is_not(None), has_files)
-        ids = [row.id for row in tx.all(query.limit(AT_ONCE))]
+        query = sa.select(jobs.c.id).where(column >= since, column < before, has_files)
+        ids = [row.id for row in tx.all(query.order_by(column).limit(AT_ONCE))]
     for job_id in ids:
         blobs.remove_job(job_id)
-    if ids:
-        with db.write() as tx:
+    with db.write() as tx:
+        if ids:
             tx.run(sa.update(jobs).where(jobs.c.id.in_(ids)).values(outputs=[]))
+        if len(ids) < AT_ONCE:
+            _keep(tx, name, before)
     return len(ids)
+
+
+def _keep(tx: Tx, name: str, value: float) -> None:
+    insert = sqlite.insert if tx.is_sqlite else postgresql.insert
+    row = insert(settings_kept).values(name=name, value=repr(value), locked=False)
+    tx.run(row.on_conflict_do_update(index_elements=["name"], set_={"value": repr(value)}))

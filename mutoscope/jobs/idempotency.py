@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -43,7 +44,7 @@ def begin(tx: Tx, account_id: str, key: str, route: str, body_hash: str) -> Stor
         raise InvalidRequest(
             f"Idempotency-Key has {len(key)} characters, expected 1 to {MAX_KEY}.", field="Idempotency-Key"
         )
-    values = {"account_id": account_id, "key": key, "route": route, "body_hash": body_hash}
+    values: dict[str, Any] = {"account_id": account_id, "key": key, "route": route, "body_hash": body_hash}
     values |= {"created_at": tx.now, "status": 0, "headers": {}, "body": ""}
     insert = sqlite.insert if tx.is_sqlite else postgresql.insert
     if tx.run(insert(idempotency).values(values).on_conflict_do_nothing()):

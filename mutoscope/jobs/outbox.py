@@ -83,6 +83,11 @@ def enqueue(tx: Tx, job: Job, event: str) -> None:
     _insert(tx, rows)
 
 
+def listens(tx: Tx, account_id: str, event: str) -> bool:
+    """Whether an endpoint of the account takes this event."""
+    return bool(_endpoints(tx, account_id, event))
+
+
 def enqueue_batch(
     tx: Tx, account_id: str, data: Mapping[str, Any], *, webhook_url: str | None = None
 ) -> None:

@@ -29,8 +29,19 @@ from mutoscope.jobs.model import (
     State,
     new_id,
 )
-from mutoscope.jobs.scheduling import ORDER, QUEUED, Tagger, affinity, tags_at, virtual_time
-from mutoscope.jobs.schema import jobs
+from mutoscope.jobs.scheduling import (
+    ORDER,
+    QUEUED,
+    RUNNING,
+    Tagger,
+    Tags,
+    affinity,
+    give_back,
+    in_state,
+    tags_at,
+    virtual_time,
+)
+from mutoscope.jobs.schema import accounts, jobs
 from mutoscope.settings import Settings
 
 LEASE_S = 30.0
@@ -44,7 +55,8 @@ TOLD = {
     State.RUNNING: "job.running", State.SUCCEEDED: "job.succeeded", State.FAILED: "job.failed",
     State.CANCELLED: "job.cancelled",
 }  # fmt: skip
-_FORGET = {"worker_id": None, "lease_until": None, "eta_at": None}
+_START = {"stage": "", "step": 0, "steps": 0, "progress": 0.0}
+_WAIT = {**_START, "worker_id": None, "lease_until": None, "eta_at": None, "started_at": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,35 +122,45 @@ def insert(tx: Tx, new: NewJob) -> Job:
 
 
 def insert_many(tx: Tx, news: Sequence[NewJob]) -> list[Job]:
-    """New jobs, in this order. Credits are not touched: `service.submit` reserves them."""
+    """New jobs, numbered in this order; among each other they are dispatched like next to like. Credits are not
+    touched: `service.submit` reserves them."""
+    if not news:
+        return []
+    kinds = [affinity(new.model, new.resolved) for new in news]
+    places: dict[int, Tags] = {}
     taggers: dict[str, Tagger] = {}
-    rows = []
-    for new in news:
+    for i in sorted(range(len(news)), key=lambda i: (kinds[i], i)):
+        new = news[i]
         if new.account_id not in taggers:
             taggers[new.account_id] = Tagger(tx, new.account_id)
-        kind = affinity(new.model, new.resolved)
-        place = taggers[new.account_id].place(new.priority, new.estimate_s, kind)
-        row = {**vars(new), "resolved": asdict(new.resolved), "candidates": list(new.candidates)}
-        row |= {"spec": dict(new.spec), "vendor": dict(new.vendor), "metadata": dict(new.metadata)}
-        del row["admit"]
-        state = State.QUEUED if new.admit else State.THROTTLED
-        rows.append({**row, **vars(place), "state": state, "created_at": tx.now, "outputs": [], "result": {}})
+        places[i] = taggers[new.account_id].place(new.priority, new.estimate_s, kinds[i])
     for tagger in taggers.values():
         tagger.save()
-    tx.conn.execute(sa.insert(jobs), rows)
-    if len(rows) == 1:
-        made = [get(tx, rows[0]["id"])]
-    else:
-        ids = [row["id"] for row in rows]
-        found: dict[str, Job] = {}
-        for start in range(0, len(ids), 500):
-            part = sa.select(jobs).where(jobs.c.id.in_(ids[start : start + 500]))
-            found |= {row.id: from_row(row) for row in tx.all(part)}
-        made = [found[i] for i in ids]
-    for job in made:
-        feed.write(tx, job, "state", _seen(job))
-        outbox.enqueue(tx, job, "job.created")
+    tx.conn.execute(sa.insert(jobs), [_row(new, places[i], tx.now) for i, new in enumerate(news)])
+    made = _by_ids(tx, [new.id for new in news])
+    feed.write_many(tx, ((job, "state", _seen(job)) for job in made))
+    for account_id in taggers:
+        if outbox.listens(tx, account_id, "job.created"):
+            for job in made:
+                if job.account_id == account_id:
+                    outbox.enqueue(tx, job, "job.created")
     return made
+
+
+def _row(new: NewJob, place: Tags, now: float) -> dict[str, Any]:
+    row = {**vars(new), "resolved": asdict(new.resolved), "candidates": list(new.candidates)}
+    row |= {"spec": dict(new.spec), "vendor": dict(new.vendor), "metadata": dict(new.metadata)}
+    del row["admit"]
+    state = State.QUEUED if new.admit else State.THROTTLED
+    return {**row, **vars(place), "state": state, "created_at": now, "outputs": [], "result": {}}
+
+
+def _by_ids(tx: Tx, ids: Sequence[str]) -> list[Job]:
+    found: dict[str, Job] = {}
+    for start in range(0, len(ids), 500):
+        part = sa.select(jobs).where(jobs.c.id.in_(ids[start : start + 500]))
+        found |= {row.id: from_row(row) for row in tx.all(part)}
+    return [found[i] for i in ids]
 
 
 def get(tx: Tx, job_id: str, *, account_id: str | None = None, deleted: bool = False) -> Job:
@@ -174,7 +196,7 @@ def listing(
 ) -> Page:
     """Jobs of an account (None: of all), newest first unless `order` is "asc". `after` and `before` are ids of jobs:
     the page begins behind the one and ends ahead of the other in this order."""
-    chosen = [jobs.c.deleted_at.is_(None)]
+    chosen: list[sa.ColumnElement[bool]] = [jobs.c.deleted_at.is_(None)]
     if account_id is not None:
         chosen.append(jobs.c.account_id == account_id)
     for column, values in (
@@ -219,7 +241,7 @@ def position(tx: Tx, job: Job) -> int | None:
     if job.state is State.THROTTLED:
         older = (jobs.c.state == State.THROTTLED, jobs.c.account_id == job.account_id, jobs.c.seq < job.seq)
         throttled = tx.scalar(sa.select(sa.func.count()).select_from(jobs).where(*older)) or 0
-        queued = tx.scalar(sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == State.QUEUED))
+        queued = tx.scalar(sa.select(sa.func.count()).select_from(jobs).where(QUEUED))
         return int(throttled) + int(queued or 0)
     return None
 
@@ -236,22 +258,15 @@ def claim(
     if not tx.is_sqlite:
         head = head.with_for_update(skip_locked=True)
     values = {
-        "state": State.RUNNING, "worker_id": worker_id, "lease_until": tx.now + lease_s, "stage": "",
-        "fence": jobs.c.fence + 1, "attempt": jobs.c.attempt + 1, "step": 0, "steps": 0, "progress": 0.0,
-        "started_at": tx.now, "eta_at": tx.now + jobs.c.estimate_s,
+        **_START, "worker_id": worker_id, "lease_until": tx.now + lease_s, "fence": jobs.c.fence + 1,
+        "attempt": jobs.c.attempt + 1, "started_at": tx.now, "eta_at": tx.now + jobs.c.estimate_s,
     }  # fmt: skip
-    take = sa.update(jobs).where(jobs.c.seq == head.scalar_subquery(), jobs.c.state == State.QUEUED)
-    row = tx.first(take.values(values).returning(*jobs.c))
-    if row is None:
-        return None
-    job = from_row(row)
-    _told(tx, job)
-    return job
+    return _move(tx, JobEvent.CLAIM, values, jobs.c.seq == head.scalar_subquery())
 
 
 def beat(tx: Tx, worker_id: str, job_id: str, fence: int, *, lease_s: float = LEASE_S) -> Beat:
     """The worker lives: its lease is prolonged, if it still has one."""
-    mine = (jobs.c.id == job_id, jobs.c.state == State.RUNNING, jobs.c.fence == fence)
+    mine = (jobs.c.id == job_id, RUNNING, jobs.c.fence == fence)
     prolong = sa.update(jobs).where(*mine, jobs.c.worker_id == worker_id)
     row = tx.first(prolong.values(lease_until=tx.now + lease_s).returning(jobs.c.cancel_asked_at))
     return Beat(valid=row is not None, cancel_asked=row is not None and row.cancel_asked_at is not None)
@@ -271,7 +286,7 @@ def progress(
 ) -> bool:
     """How far the worker is. False: the lease is not its own any more. The fraction never falls."""
     shown = sa.case((jobs.c.progress > fraction, jobs.c.progress), else_=min(max(fraction, 0.0), 1.0))
-    mine = (jobs.c.id == job_id, jobs.c.state == State.RUNNING, jobs.c.fence == fence)
+    mine = (jobs.c.id == job_id, RUNNING, jobs.c.fence == fence)
     values = {"stage": stage, "step": step, "steps": steps, "progress": shown, "eta_at": eta_at}
     row = tx.first(sa.update(jobs).where(*mine).values(values).returning(*jobs.c))
     if row is None:
@@ -290,17 +305,17 @@ def succeed(
 ) -> Job | None:
     """The files are in place. None: the lease was lost, or a cancel was asked for first, which then counts."""
     values = {"outputs": [asdict(o) for o in outputs], "result": dict(result), "progress": 1.0, "stage": ""}
-    return _move(tx, job_id, JobEvent.SUCCEED, values, fence=fence, where=jobs.c.cancel_asked_at.is_(None))
+    return _move(tx, JobEvent.SUCCEED, values, *_lease(tx, job_id, fence), jobs.c.cancel_asked_at.is_(None))
 
 
 def fail(tx: Tx, job_id: str, fence: int | None, failure: Failure, message: str) -> Job | None:
     """For good. `fence` None: by the house itself, whoever holds the lease."""
-    return _move(tx, job_id, JobEvent.FAIL, {"failure": failure, "message": message}, fence=fence)
+    return _move(tx, JobEvent.FAIL, {"failure": failure, "message": message}, *_lease(tx, job_id, fence))
 
 
 def cancelled(tx: Tx, job_id: str, fence: int) -> Job | None:
     """The worker has stopped as it was asked to."""
-    return _move(tx, job_id, JobEvent.CANCEL, {"message": "Cancelled while running."}, fence=fence)
+    return _move(tx, JobEvent.CANCEL, {"message": "Cancelled while running."}, *_lease(tx, job_id, fence))
 
 
 def lose(
@@ -311,6 +326,7 @@ def lose(
     After `max_crashes` the next candidate model gets it, or it fails with WORKER_LOST: what kills every worker must
     not go on for ever. A job that was asked to stop is cancelled instead.
     """
+    mine = _lease(tx, job_id, fence)
     job = get(tx, job_id, deleted=True)
     if job.state is not State.RUNNING or job.fence != fence:
         return None
@@ -321,11 +337,10 @@ def lose(
         if job.candidates:
             return reroute(tx, job_id, fence, why)
         times = f"{crashes} attempts" if crashes > 1 else "the only attempt"
-        return _move(tx, job_id, JobEvent.FAIL, {"failure": Failure.WORKER_LOST, "crashes": crashes,
-                     "message": f"Given up after {times}: {why}."}, fence=fence)  # fmt: skip
-    return _move(
-        tx, job_id, JobEvent.LOSE, {"crashes": crashes, "stage": "", **_FORGET}, fence=fence, note=why
-    )
+        message = f"Given up after {times}: {why}."
+        values = {"failure": Failure.WORKER_LOST, "crashes": crashes, "message": message}
+        return _move(tx, JobEvent.FAIL, values, *mine)
+    return _move(tx, JobEvent.LOSE, {"crashes": crashes, **_WAIT}, *mine, note=why)
 
 
 def reroute(tx: Tx, job_id: str, fence: int, why: str) -> Job | None:
@@ -334,13 +349,16 @@ def reroute(tx: Tx, job_id: str, fence: int, why: str) -> Job | None:
     Raises:
         Conflict: there is no candidate left; `fail` it.
     """
+    mine = _lease(tx, job_id, fence)
     job = get(tx, job_id, deleted=True)
+    if job.state is not State.RUNNING or job.fence != fence:
+        return None
     if not job.candidates:
         raise Conflict(f"Job {job_id} has no other model to go to.")
     model, *rest = job.candidates
     place = tags_at(_vtime(tx, job), affinity(model, job.resolved))
-    values = {"model": model, "candidates": rest, "crashes": 0, "stage": "", **_FORGET, **vars(place)}
-    return _move(tx, job_id, JobEvent.REROUTE, values, fence=fence, note=f"{job.model}: {why}")
+    values = {"model": model, "candidates": rest, "crashes": 0, **_WAIT, **vars(place)}
+    return _move(tx, JobEvent.REROUTE, values, *mine, note=f"{job.model}: {why}")
 
 
 # -- the owner's side ----------------------------------------------------------------------------------------
@@ -348,7 +366,9 @@ def reroute(tx: Tx, job_id: str, fence: int, why: str) -> Job | None:
 
 def cancel(tx: Tx, job_id: str) -> Job:
     """What waits ends now; what runs is asked to stop. What has ended stays as it is."""
-    moved = _move(tx, job_id, JobEvent.CANCEL, {"message": "Cancelled before it ran."}, sources=WAITING)
+    mine = _lease(tx, job_id, None)
+    message = {"message": "Cancelled before it ran."}
+    moved = _move(tx, JobEvent.CANCEL, message, *mine, jobs.c.state.in_(WAITING))
     if moved is not None:
         return moved
     running = sa.update(jobs).where(jobs.c.id == job_id, jobs.c.state == State.RUNNING)
@@ -368,8 +388,14 @@ def delete(tx: Tx, job_id: str) -> Job:
 
 def expired(tx: Tx, *, limit: int = 100) -> list[Job]:
     """Running jobs whose worker has not been heard of for a lease."""
-    late = sa.select(jobs).where(jobs.c.state == State.RUNNING, jobs.c.lease_until < tx.now)
+    late = sa.select(jobs).where(RUNNING, jobs.c.lease_until < tx.now)
     return [from_row(row) for row in tx.all(late.order_by(jobs.c.lease_until).limit(limit))]
+
+
+def is_expired(tx: Tx, job: Job) -> bool:
+    """Whether the lease that `job` was read with is still the current one, and has run out."""
+    same = (jobs.c.id == job.id, RUNNING, jobs.c.fence == job.fence, jobs.c.lease_until < tx.now)
+    return tx.first(sa.select(jobs.c.id).where(*same)) is not None
 
 
 def overdue(tx: Tx, settings: Settings) -> list[Overdue]:
@@ -378,7 +404,7 @@ def overdue(tx: Tx, settings: Settings) -> list[Overdue]:
     disobeys = c.cancel_asked_at < tx.now - settings.cancel_grace_s
     too_long = c.started_at + c.time_limit_s < tx.now
     late = []
-    for row in tx.all(sa.select(jobs).where(c.state == State.RUNNING, disobeys | too_long)):
+    for row in tx.all(sa.select(jobs).where(RUNNING, disobeys | too_long)):
         job = from_row(row)
         if job.cancel_asked_at is not None and job.cancel_asked_at < tx.now - settings.cancel_grace_s:
             why = f"it was asked to stop {tx.now - job.cancel_asked_at:.0f} s ago"
@@ -391,12 +417,13 @@ def overdue(tx: Tx, settings: Settings) -> list[Overdue]:
 def admit(tx: Tx, account_id: str) -> int:
     """Let in as many throttled jobs of an account as it has slots, oldest first. Returns how many."""
     free = plans.free_slots(tx, account_id)
-    waiting = sa.select(jobs.c.id).where(jobs.c.account_id == account_id, jobs.c.state == State.THROTTLED)
+    waiting = sa.select(jobs).where(jobs.c.account_id == account_id, jobs.c.state == State.THROTTLED)
     rows = tx.all(waiting.order_by(jobs.c.seq).limit(min(free, 1000))) if free > 0 else ()
+    now = virtual_time(tx) if rows else 0.0
     for row in rows:
-        job = get(tx, row.id, deleted=True)
-        place = tags_at(max(_vtime(tx, job), virtual_time(tx)), affinity(job.model, job.resolved))
-        _move(tx, row.id, JobEvent.ADMIT, vars(place))
+        job = from_row(row)
+        place = tags_at(max(row.vtime, now), affinity(job.model, job.resolved))
+        _move(tx, JobEvent.ADMIT, vars(place), jobs.c.id == job.id)
     return len(rows)
 
 
@@ -407,27 +434,28 @@ def _vtime(tx: Tx, job: Job) -> float:
 # -- the only way --------------------------------------------------------------------------------------------
 
 
+def _lease(tx: Tx, job_id: str, fence: int | None) -> tuple[sa.ColumnElement[bool], ...]:
+    """Conditions for a job under this lease (None: whatever its lease).
+
+    On PostgreSQL its account's row is held from here on. Everybody takes first the account, then jobs, then the batch:
+    so nobody waits in a circle, and slots are counted by one at a time.
+    """
+    if not tx.is_sqlite:
+        owner = sa.select(jobs.c.account_id).where(jobs.c.id == job_id).scalar_subquery()
+        tx.first(sa.select(accounts.c.id).where(accounts.c.id == owner).with_for_update(key_share=True))
+    mine = jobs.c.id == job_id
+    return (mine,) if fence is None else (mine, jobs.c.fence == fence)
+
+
 def _move(
-    tx: Tx,
-    job_id: str,
-    event: JobEvent,
-    values: Mapping[str, Any],
-    *,
-    fence: int | None = None,
-    sources: Collection[State] | None = None,
-    where: sa.ColumnElement[bool] | None = None,
-    note: str = "",
+    tx: Tx, event: JobEvent, values: Mapping[str, Any], *where: sa.ColumnElement[bool], note: str = ""
 ) -> Job | None:
-    """Change a job's state by the table, or nothing at all. With it: the feed, credits, webhooks, slots, the batch."""
-    allowed = [s for s in SOURCES[event] if sources is None or s in sources]
+    """Change the state of one job by the table, or nothing at all. With it: the feed, credits, webhooks, slots, the
+    batch."""
     target = TARGET[event]
-    change = sa.update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(allowed))
-    if fence is not None:
-        change = change.where(jobs.c.fence == fence)
-    if where is not None:
-        change = change.where(where)
     ends = target in TERMINAL
     ending = {"finished_at": tx.now, "lease_until": None, "eta_at": None} if ends else {}
+    change = sa.update(jobs).where(sa.or_(*map(in_state, SOURCES[event])), *where)
     row = tx.first(change.values({"state": target, **ending, **values}).returning(*jobs.c))
     if row is None:
         return None
@@ -435,6 +463,8 @@ def _move(
     if ends:
         job = replace(job, cost_captured=ledger.settle(tx, job))
         feed.drop_previews(tx, job.id)
+        if job.attempt == 0:
+            give_back(tx, job)
     _told(tx, job, note)
     if ends:
         admit(tx, job.account_id)

@@ -3,16 +3,16 @@
 The order is decided when a job is submitted and stored with it, as (round, affinity, vtime, seq). So a claim reads the
 head of one index, and a job's position is a count in that index.
 
-- **Fairness** (start-time fair queueing; Goyal, Vin, Cheng 1996): every account has a virtual clock. A job starts where
-  its account's last one ended, but not before the virtual time V of what runs now, and pushes the clock by its work
+- **Fairness** (start-time fair queueing; Goyal, Vin, Cheng 1996): every account has a virtual clock. A job starts
+  where its account's last one ended, but not before the virtual time V of what runs, and pushes the clock by its work
   divided by the account's weight. Serving by start tags gives each account its share, whoever submitted how much.
-- **Rounds**: the virtual time is cut into pieces of QUANTUM. Within a round jobs are ordered by model and shape, so that
-  a worker changes models at most once for each of them and round; in every second round backwards, so that the last shape
-  of one round is the first of the next. An account is at most a round behind its share.
+- **Rounds**: the virtual time is cut into pieces of QUANTUM. Within a round jobs are ordered by model and shape, so
+  that a worker changes models at most once for each of them and round; every second round backwards, so that the last
+  shape of one round is the first of the next. An account is at most a round behind its share.
 - **Together**: jobs that one account submits at once (a batch) get their places ordered by model and shape, which takes
   nothing from anybody else.
 - **Priorities** are three clocks of one account: a high job waits for high ones only, a normal one for high and normal
-  ones, a low one for all. So high overtakes what its own account has submitted, and later normal jobs make up for it: the
+  ones, a low one for all. So high overtakes what its own account has submitted, and later jobs make up for it: the
   account's share stays what it is, but for what was queued when the high job came.
 
 Work is in seconds of estimated device time. What is cancelled before it ran is given back to its account's clocks.
@@ -98,7 +98,7 @@ def tags(tx: Tx, account_id: str, priority: Priority, work_s: float, kind: int) 
 
 def give_back(tx: Tx, job: Job) -> None:
     """A job ends without having run: what it would have taken is still its account's."""
-    length: sa.ColumnElement[float] = max(job.estimate_s, LEAST_WORK) / accounts.c.weight
+    length: sa.ColumnElement[Any] = max(job.estimate_s, LEAST_WORK) / accounts.c.weight
     values: dict[str, Any] = {CLOCKS[p]: accounts.c[CLOCKS[p]] - length for p in _behind(job.priority)}
     tx.run(sa.update(accounts).where(accounts.c.id == job.account_id).values(values))
 

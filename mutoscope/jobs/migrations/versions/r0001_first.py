@@ -255,6 +255,14 @@ def upgrade() -> None:
         postgresql_where=sa.text("dedupe IS NOT NULL"),
     )
     op.create_index(
+        "ix_jobs_deleted",
+        "jobs",
+        ["deleted_at"],
+        unique=False,
+        sqlite_where=sa.text("deleted_at IS NOT NULL"),
+        postgresql_where=sa.text("deleted_at IS NOT NULL"),
+    )
+    op.create_index(
         "ix_jobs_dispatch",
         "jobs",
         ["round", "affinity", "vtime", "seq", "estimate_s", "model"],
