@@ -1,8 +1,8 @@
 """Plans: what an account may do at once, in a day, and with which features.
 
-"unlimited" is the default of one's own machine. Plus, Pro and Ultra are the shipped examples, with the prices and
-multipliers of the product that the price list follows; a year costs a fifth less. An account's `limits` override its
-plan's, field by field.
+"unlimited" is the default of one's own machine. Plus, Pro and Ultra are the shipped examples, with the prices,
+multipliers and gates of the product that the price list follows (commercial use from Plus on, agents from Pro on); a
+year costs a fifth less. All other limits are ours. An account's `limits` override its plan's, field by field.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Plan:
     daily_jobs: int | None = None  # in any 24 hours
     monthly_credits: int | None = None  # spent in any 30 days
     overdraft: bool = False  # the balance may fall below zero
+    commercial: bool = True  # told, not enforced
+    agents: bool = True  # the Luma Agents API
     hdr: bool = True
     tiers: tuple[str, ...] = ("draft", "360p", "540p", "720p", "1080p", "4k")
     priorities: tuple[str, ...] = ("low", "normal", "high")
@@ -51,17 +53,28 @@ PLANS: dict[str, Plan] = {
     plan.name: plan
     for plan in (
         Plan(name="unlimited", overdraft=True),
-        Plan(name="free", credits_per_month=400, concurrency=1, daily_jobs=20, hdr=False,
-             tiers=("draft", "360p", "540p", "720p"), priorities=("low", "normal")),
+        Plan(name="free", credits_per_month=400, concurrency=1, daily_jobs=20, commercial=False,
+             agents=False, hdr=False, tiers=("draft", "360p", "540p", "720p"), priorities=("low", "normal")),
         Plan(name="plus", usd_per_month=30, credits_per_month=BASE_CREDITS, concurrency=3, daily_jobs=500,
-             hdr=False, priorities=("low", "normal")),
+             agents=False, hdr=False, priorities=("low", "normal")),
         Plan(name="pro", usd_per_month=90, credits_per_month=4 * BASE_CREDITS, multiplier=4, concurrency=5,
              daily_jobs=2000),
         Plan(name="ultra", usd_per_month=300, credits_per_month=15 * BASE_CREDITS, multiplier=15, concurrency=20,
              daily_jobs=10_000),
     )
 }  # fmt: skip
-OVERRIDES = ("concurrency", "daily_jobs", "monthly_credits", "overdraft", "hdr")
+OVERRIDES = ("concurrency", "daily_jobs", "monthly_credits", "overdraft", "agents", "hdr")
+AGENTS = "luma_agents"
+"""The dialect that plans may leave out."""
+
+
+UNLIMITED_BALANCE = 10**9
+"""What is said to ask for the balance of an account that needs none; vendors' SDKs expect a number."""
+
+
+def shown_balance(account: Account) -> int:
+    """Credits that the account can spend."""
+    return UNLIMITED_BALANCE if plan_of(account).overdraft else account.balance
 
 
 def plan_of(account: Account) -> Plan:
@@ -109,22 +122,38 @@ def free_slots(tx: Tx, account_id: str) -> int:
     return ENDLESS if concurrency is None else max(0, concurrency - active_jobs(tx, account_id))
 
 
-def check(tx: Tx, account: Account, spec: JobSpec, *, tier: str, cost: int, jobs_asked: int = 1) -> None:
-    """Whether the plan allows these jobs now. Concurrency is no matter here: jobs above it wait.
+def room(tx: Tx, account_id: str) -> int:
+    """How many new jobs of an account need not wait for a slot: older throttled ones go first."""
+    free = free_slots(tx, account_id)
+    if free == ENDLESS:
+        return free
+    waiting = sa.select(sa.func.count()).select_from(jobs)
+    n = tx.scalar(waiting.where(jobs.c.account_id == account_id, jobs.c.state == State.THROTTLED))
+    return max(0, free - int(n or 0))
+
+
+def check_features(plan: Plan, spec: JobSpec, *, tier: str, dialect: str = "") -> None:
+    """Raises Forbidden if the plan does not have what the job needs."""
+
+    def need(has: bool, what: str, hint: str = "") -> None:
+        if not has:
+            raise Forbidden(f"{what} is not part of the plan {plan.name!r}.", hint=hint)
+
+    need(plan.hdr or not (spec.hdr or spec.operation == "hdr"), "HDR", "Leave out hdr, or change the plan.")
+    need(tier in plan.tiers, f"{tier}", f"It has {', '.join(plan.tiers)}.")
+    need(spec.priority in plan.priorities, f"Priority {spec.priority}")
+    need(plan.agents or dialect != AGENTS, "The Luma Agents API")
+
+
+def check_quota(tx: Tx, account: Account, *, cost: int, jobs_asked: int = 1) -> None:
+    """Whether the plan allows so many jobs now. Concurrency is no matter here: jobs above it wait.
 
     Raises:
-        Forbidden: the plan does not have the feature, or its spending limit is reached.
+        Forbidden: the spending limit is reached.
+        InvalidRequest: more jobs at once than a whole day allows.
         LimitExceeded: too many jobs in 24 hours; says when the next one may come.
     """
     plan = plan_of(account)
-    if spec.hdr and not plan.hdr:
-        raise Forbidden(
-            f"HDR is not part of the plan {plan.name!r}.", hint="Leave out hdr, or change the plan."
-        )
-    if tier not in plan.tiers:
-        raise Forbidden(f"{tier} is not part of the plan {plan.name!r}: {', '.join(plan.tiers)}.")
-    if spec.priority not in plan.priorities:
-        raise Forbidden(f"Priority {spec.priority} is not part of the plan {plan.name!r}.")
     if plan.daily_jobs is not None:
         _check_day(tx, account.id, plan.daily_jobs, jobs_asked)
     if plan.monthly_credits is not None:
@@ -135,6 +164,14 @@ def check(tx: Tx, account: Account, spec: JobSpec, *, tier: str, cost: int, jobs
                 f"{plan.monthly_credits}.",
                 hint="An administrator can raise monthly_credits.",
             )
+
+
+def check(
+    tx: Tx, account: Account, spec: JobSpec, *, tier: str, cost: int, jobs_asked: int = 1, dialect: str = ""
+) -> None:
+    """`check_features` and `check_quota`."""
+    check_features(plan_of(account), spec, tier=tier, dialect=dialect)
+    check_quota(tx, account, cost=cost, jobs_asked=jobs_asked)
 
 
 def spent_since(tx: Tx, account_id: str, since: float) -> int:
@@ -150,14 +187,14 @@ def jobs_today(tx: Tx, account_id: str) -> int:
 
 
 def _check_day(tx: Tx, account_id: str, limit: int, asked: int) -> None:
+    if asked > limit:
+        raise InvalidRequest(f"{asked} jobs at once, but the plan allows {limit} in 24 hours.", field="items")
     made = jobs_today(tx, account_id)
     if made + asked <= limit:
         return
-    excess = made + asked - limit
     recent = sa.select(jobs.c.created_at).where(jobs.c.account_id == account_id)
     recent = recent.where(jobs.c.created_at > tx.now - DAY_S).order_by(jobs.c.created_at)
-    frees = tx.scalar(recent.offset(min(excess, made) - 1).limit(1)) if made else None
-    retry = (frees + DAY_S - tx.now) if frees is not None else DAY_S
+    retry = tx.scalar(recent.offset(made + asked - limit - 1).limit(1)) + DAY_S - tx.now
     raise LimitExceeded(
         f"{made} jobs in the last 24 hours and {asked} asked; the plan allows {limit}.",
         retry_after_s=max(1.0, retry),

@@ -20,14 +20,14 @@ from mutoscope.jobs.service import Service
 from mutoscope.server import api, edge, files, logs, metrics
 from mutoscope.server.background import Loops
 from mutoscope.server.context import Context
-from mutoscope.server.dialects import runway
+from mutoscope.server.dialects import luma, runway
 from mutoscope.server.edge import Dialect
 from mutoscope.server.events import Tail
 from mutoscope.settings import Settings
 
 log = logging.getLogger("mutoscope.server")
 
-DIALECTS = (runway,)
+DIALECTS = (luma, runway)
 """Modules with PREFIX, DIALECT and router(ctx). The longest prefixes are not hidden by shorter ones."""
 
 
@@ -44,7 +44,9 @@ def create_app(settings: Settings, *, loops: bool = False) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         ctx.tail.start()
         linked = webhooks.linked(lambda job, output: ctx.links().output(job, output))
-        background = Loops(ctx, {"standard": linked})
+        background = Loops(
+            ctx, {"standard": linked, "luma": lambda tx, delivery: luma.callback_body(tx, ctx, delivery)}
+        )
         if loops:
             background.start()
         yield
