@@ -79,10 +79,11 @@ def create_app(settings: Settings, *, loops: bool = False) -> FastAPI:
 
 def _dialect(path: str) -> Dialect:
     """Whose words an answer is in."""
+    found: Dialect = api.DIALECT
     for module in DIALECTS:
         if path == module.PREFIX or path.startswith(f"{module.PREFIX}/"):
-            return module.DIALECT
-    return api.DIALECT
+            found = module.DIALECT
+    return found
 
 
 def _as_ours(request: Request, status: int, exc: Exception) -> JobsError:

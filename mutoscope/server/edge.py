@@ -17,7 +17,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -305,7 +305,7 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a number of JSON")
 
 
-async def limited(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+async def limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
     """The body as it comes.
 
     Raises:
@@ -357,6 +357,20 @@ def _encode(reply: Reply) -> bytes:
 
 
 __all__ = [
-    "Busy", "BodyTooLarge", "Dialect", "MethodNotAllowed", "Reply", "caller_of", "guarded", "limited",
-    "on_thread", "read", "read_form", "refuse", "respond", "sentence", "status_of", "write",
+    "BodyTooLarge",
+    "Busy",
+    "Dialect",
+    "MethodNotAllowed",
+    "Reply",
+    "caller_of",
+    "guarded",
+    "limited",
+    "on_thread",
+    "read",
+    "read_form",
+    "refuse",
+    "respond",
+    "sentence",
+    "status_of",
+    "write",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Health, readiness and Prometheus metrics.
 
-Counts of jobs, times and webhooks come from the database when they are asked for, so that every process tells the same and
-a restart forgets nothing; only HTTP times are this process's own. Never labelled by job or account.
+Counts of jobs, times and webhooks come from the database when they are asked for, so that every process tells the
+same and a restart forgets nothing; only HTTP times are this process's own. Never labelled by job or account.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def _from_database(tx: Tx) -> Iterator[Metric]:
     yield from (device, waits)
     sent = CounterMetricFamily("mutoscope_webhooks", "Webhook deliveries, by result.", labels=["result"])
     counts = sa.select(deliveries.c.state, sa.func.count()).group_by(deliveries.c.state)
-    for state, n in tx.all(counts):
-        sent.add_metric([state], int(n))
+    for result, n in tx.all(counts):
+        sent.add_metric([result], int(n))
     yield sent
     states = GaugeMetricFamily(
         "mutoscope_workers", "Workers, by device and state.", labels=["device", "state"]
@@ -94,8 +94,8 @@ def _from_database(tx: Tx) -> Iterator[Metric]:
     seen: dict[tuple[str, str], int] = {}
     for worker in workers.listing(tx):
         seen[worker.device, worker.state] = seen.get((worker.device, worker.state), 0) + 1
-    for (device_name, state), n in sorted(seen.items()):
-        states.add_metric([device_name, state], n)
+    for (device_name, doing), n in sorted(seen.items()):
+        states.add_metric([device_name, doing], n)
     yield states
     backlog = GaugeMetricFamily("mutoscope_backlog_seconds", "Until a job that comes now would start.")
     backlog.add_metric([], eta.backlog(tx))

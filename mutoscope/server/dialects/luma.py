@@ -1,4 +1,4 @@
-"""Luma's Dream Machine API under /dream-machine/v1, as the `lumaai` SDKs speak it. docs/luma.md says how to point them here.
+"""Luma's Dream Machine API under /dream-machine/v1, as the `lumaai` SDKs speak it; docs/luma.md has examples.
 
 Pure: `to_spec` and its kin (`luma_bodies`), `from_job`, `error`. A generation's `request` is given back as it was sent.
 """
