@@ -70,13 +70,16 @@ class Serving:
     """What the service's router knows about the model.
 
     tasks: what it follows; empty: all, or only text for models named t2v. quality: 0 to 1, against other models.
-    price_factor: on the price list. max_queue: waiting jobs from which it counts as full; 0: never.
+    price_factor: on the price list. max_queue: waiting jobs from which it counts as full; 0: never. max_seconds:
+    longest video; 0: what its frames allow. aliases: other names that it answers to.
     """
 
     tasks: tuple[str, ...] = ()
     quality: float = 0.5
     price_factor: float = 1.0
     max_queue: int = 0
+    max_seconds: float = 0.0
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,11 +277,14 @@ def _serving(table: Any, where: str) -> Serving:
     if not isinstance(tasks, list) or not all(task in TASKS for task in tasks):
         raise FileError(f"{where}: tasks is {tasks!r}, a list of some of {', '.join(TASKS)} expected.")
     _only(table, [f.name for f in fields(Serving)], where)
-    numbers = {"quality": float, "price_factor": float, "max_queue": int}
-    values = {key: _typed(table, key, numbers[key], where, None) for key in table if key != "tasks"}
-    made = Serving(tasks=tuple(tasks), **values)
-    if not (0 <= made.quality <= 1 and made.price_factor >= 0 and made.max_queue >= 0):
-        raise FileError(f"{where}: quality is 0 to 1, price_factor and max_queue are not below 0.")
+    names = table.get("aliases", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise FileError(f"{where}: aliases is {names!r}, a list of names expected.")
+    numbers = {"quality": float, "price_factor": float, "max_queue": int, "max_seconds": float}
+    values = {key: _typed(table, key, numbers[key], where, None) for key in table if key in numbers}
+    made = Serving(tasks=tuple(tasks), aliases=tuple(names), **values)
+    if not (0 <= made.quality <= 1 and min(made.price_factor, made.max_queue, made.max_seconds) >= 0):
+        raise FileError(f"{where}: quality is 0 to 1; price_factor, max_queue and max_seconds are 0 or more.")
     return made
 
 

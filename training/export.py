@@ -86,10 +86,7 @@ def export(runs: Path, root: Path, out: Path) -> None:
         "vae.gguf": write(out / "vae.gguf", with_all_taps(torch.load(runs / "vae.pt", weights_only=True)),
                           {"general.architecture": "wan_vae", **about, **config.metadata}),
     }  # fmt: skip
-    words = {
-        w for shard in shards for texts in shard.captions for text in texts for w in captions.words(text)
-    }
-    (out / "vocabulary.json").write_text(json.dumps(sorted(words)))
+    (out / "vocabulary.json").write_text(json.dumps(captions.vocabulary()))
     for name, size in sizes.items():
         print(f"{name} {size / 1e6:.2f} MB")
 

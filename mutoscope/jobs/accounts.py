@@ -15,6 +15,7 @@ from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthorized
 from mutoscope.jobs.model import Account, Caller, new_id, new_secret
 from mutoscope.jobs.schema import accounts, api_keys
+from mutoscope.jobs.schema import ledger as ledger_table
 
 SCOPES = ("jobs", "read", "admin")
 """jobs: all of one's own account; read: GET only; admin: all accounts, keys and credits too."""
@@ -50,23 +51,23 @@ def create(
     """A new account; its plan's monthly credits are granted at once."""
     if plan not in plans.PLANS:
         raise InvalidRequest(f"plan = {plan!r}, expected one of {', '.join(plans.PLANS)}.", field="plan")
-    if not 0.01 <= weight <= 1000:
-        raise InvalidRequest(f"weight = {weight:g}, expected 0.01 to 1000.", field="weight")
+    _weight(weight)
     account_id = account_id or new_id()
     row = {"id": account_id, "name": name, "plan": plan, "weight": weight, "created_at": tx.now}
     tx.run(sa.insert(accounts).values(**row, limits=plans.check_limits(limits or {})))
     if credits := plans.PLANS[plan].credits_per_month:
-        ledger.grant(tx, account_id, credits, f"plan {plan}")
+        ledger.renew(tx, account_id, credits, f"plan {plan}")
     return get(tx, account_id)
 
 
-def get(tx: Tx, account_id: str) -> Account:
-    """One account.
+def get(tx: Tx, account_id: str, *, hold: bool = False) -> Account:
+    """One account. `hold`: nobody else changes it before this transaction ends.
 
     Raises:
         NotFound: there is none of this id.
     """
-    row = tx.first(sa.select(*(accounts.c[f] for f in _FIELDS)).where(accounts.c.id == account_id))
+    query = sa.select(*(accounts.c[f] for f in _FIELDS)).where(accounts.c.id == account_id)
+    row = tx.first(query.with_for_update(key_share=True) if hold else query)
     if row is None:
         raise NotFound(f"No account {account_id!r}.")
     return Account(**row._mapping)
@@ -101,14 +102,16 @@ def change(
     disabled: bool | None = None,
 ) -> Account:
     """Change what is given, leave the rest."""
-    account = get(tx, account_id)
+    account = get(tx, account_id, hold=True)
     values: dict[str, Any] = {}
     if plan is not None:
         if plan not in plans.PLANS:
             raise InvalidRequest(f"plan = {plan!r}, expected one of {', '.join(plans.PLANS)}.", field="plan")
         values["plan"] = plan
+        if plan != account.plan:
+            ledger.renew(tx, account_id, plans.PLANS[plan].credits_per_month, f"plan {plan}")
     if weight is not None:
-        values["weight"] = weight
+        values["weight"] = _weight(weight)
     if limits is not None:
         values["limits"] = plans.check_limits(limits)
     if disabled is not None:
@@ -118,26 +121,45 @@ def change(
     return get(tx, account_id)
 
 
+def renew_due(tx: Tx) -> int:
+    """Give the plans' credits to accounts whose last ones are a month old. Returns to how many."""
+    paying = [plan.name for plan in plans.PLANS.values() if plan.credits_per_month]
+    given = sa.select(sa.func.max(ledger_table.c.at)).where(
+        ledger_table.c.account_id == accounts.c.id, ledger_table.c.kind == "plan"
+    )
+    due = sa.select(accounts.c.id, accounts.c.plan).where(
+        accounts.c.plan.in_(paying), accounts.c.disabled_at.is_(None),
+        sa.func.coalesce(given.scalar_subquery(), 0.0) <= tx.now - plans.MONTH_S,
+    )  # fmt: skip
+    rows = tx.all(due.order_by(accounts.c.id))
+    for row in rows:
+        get(tx, row.id, hold=True)
+        ledger.renew(tx, row.id, plans.PLANS[row.plan].credits_per_month, f"plan {row.plan}")
+    return len(rows)
+
+
 def create_key(
     tx: Tx, account_id: str, name: str, *, scopes: Sequence[str] = ("jobs",), value: str | None = None
 ) -> tuple[Key, str]:
-    """A new key and its secret, which is not kept. `value` imports an existing one, so that deployed clients keep theirs.
+    """A new key and its secret, which is not kept. `value` imports an existing one: deployed clients keep theirs.
 
     Raises:
-        InvalidRequest: an unknown scope, or an empty value.
+        InvalidRequest: no scope or an unknown one; a value that is empty or not printable ASCII.
         Conflict: the value is a key already.
     """
     get(tx, account_id)
-    for scope in scopes:
+    for scope in scopes or ("",):
         if scope not in SCOPES:
             raise InvalidRequest(f"scope {scope!r}, expected some of {', '.join(SCOPES)}.", field="scopes")
     secret = new_secret(PREFIX) if value is None else value.strip()
-    if len(secret) < 8:
-        raise InvalidRequest(f"The key has {len(secret)} characters, at least 8 are needed.", field="value")
+    if not secret or not secret.isascii() or not secret.isprintable():
+        raise InvalidRequest(
+            "The key is empty, or has characters that no HTTP header carries.", field="value"
+        )
     digest = hashed(secret)
     if tx.first(sa.select(api_keys.c.id).where(api_keys.c.hash == digest)) is not None:
         raise Conflict("This key is there already.", hint="`mutoscope keys list` shows whose it is.")
-    row = {
+    row: dict[str, Any] = {
         "id": new_id(), "account_id": account_id, "name": name, "hash": digest, "scopes": list(scopes),
         "hint": secret[: min(8, len(secret) // 2)] + "...", "created_at": tx.now,
     }  # fmt: skip
@@ -209,9 +231,15 @@ def first_run(tx: Tx, *, plan: str = "unlimited") -> str | None:
     return secret
 
 
+def _weight(weight: float) -> float:
+    if not 0.01 <= weight <= 1000:
+        raise InvalidRequest(f"weight = {weight:g}, expected 0.01 to 1000.", field="weight")
+    return weight
+
+
 def hashed(secret: str) -> str:
     """As kept."""
-    return hashlib.sha256(secret.encode()).hexdigest()
+    return hashlib.sha256(secret.strip().encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _key(row: Row[Any]) -> Key:

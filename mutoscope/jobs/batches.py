@@ -66,7 +66,8 @@ def job_ids(tx: Tx, batch_id: str) -> Iterator[str]:
 def on_end(tx: Tx, batch_id: str) -> None:
     """A job of the batch has ended: if it was the last one, so has the batch."""
     left = (jobs.c.batch_id == batch_id, jobs.c.state.not_in(list(TERMINAL)))
-    if tx.first(sa.select(jobs.c.id).where(*left).limit(1)) is not None:
+    last_first = jobs.c.batch_index.desc()  # they end in about their order, so what is left is found at once
+    if tx.first(sa.select(jobs.c.id).where(*left).order_by(last_first).limit(1)) is not None:
         return
     end = sa.update(batches).where(batches.c.id == batch_id, batches.c.finished_at.is_(None))
     state = sa.case((batches.c.state == RUNNING, FINISHED), else_=batches.c.state)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 
-from mutoscope.jobs import batches, endpoints, ledger, plans, queue
+from mutoscope.jobs import accounts, assets, batches, endpoints, ledger, plans, queue
+from mutoscope.jobs import router as routing
 from mutoscope.jobs.batches import Batch
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import Conflict, InvalidRequest, JobsError
 from mutoscope.jobs.model import WAITING, Caller, Priority, State, new_id
 from mutoscope.jobs.schema import batches as table
 from mutoscope.jobs.schema import jobs
-from mutoscope.jobs.service import Prepared, Service, need_scope
+from mutoscope.jobs.service import Prepared, Service, check_metadata, need_scope
 from mutoscope.jobs.spec import JobSpec
+from mutoscope.jobs.view import Link, public
 
 MAX_ITEMS = 10_000
 DIALECT = "api"
@@ -40,13 +44,14 @@ def create(
         InvalidRequest: no items, too many, or one that cannot be run; named by its number from 1.
     """
     need_scope(caller, "jobs")
+    accounts.get(tx, caller.account.id, hold=True)
     if not 1 <= len(specs) <= MAX_ITEMS:
         raise InvalidRequest(f"{len(specs)} items, expected 1 to {MAX_ITEMS}.", field="items")
     if webhook_url is not None:
         endpoints.check_url(webhook_url, service.settings, field="webhook_url")
     specs = [spec.model_copy(update={"priority": priority.value}) for spec in specs]
     prepared = _prepare(tx, service, caller, specs)
-    row = {
+    row: dict[str, Any] = {
         "id": new_id(), "account_id": caller.account.id, "key_id": caller.key_id, "name": name,
         "state": batches.PRICED, "priority": priority.value, "total": len(specs), "webhook_url": webhook_url,
         "estimate": _estimate(service, prepared), "items": [spec.dump() for spec in specs],
@@ -54,7 +59,7 @@ def create(
     }  # fmt: skip
     tx.run(sa.insert(table).values(row))
     if confirm:
-        _start(tx, caller, row["id"], prepared)
+        _start(tx, service, caller, row["id"], prepared)
     return batches.get(tx, caller.account.id, row["id"])
 
 
@@ -65,23 +70,25 @@ def confirm(tx: Tx, service: Service, caller: Caller, batch_id: str) -> Batch:
         Conflict: it was started or cancelled before.
     """
     need_scope(caller, "jobs")
+    accounts.get(tx, caller.account.id, hold=True)
     batch = batches.get(tx, caller.account.id, batch_id)
     if batch.state != batches.PRICED:
         raise Conflict(f"Batch {batch_id} is {batch.state}; only a priced one can be confirmed.")
-    items = tx.scalar(sa.select(table.c.items).where(table.c.id == batch_id))
+    items = tx.scalar(sa.select(table.c["items"]).where(table.c.id == batch_id))
     specs = [JobSpec.model_validate(item) for item in items]
     prepared = _prepare(tx, service, caller, specs)
     mine = sa.update(table).where(table.c.id == batch_id)
     tx.run(mine.values(estimate=_estimate(service, prepared)))
-    _start(tx, caller, batch_id, prepared)
+    _start(tx, service, caller, batch_id, prepared)
     return batches.get(tx, caller.account.id, batch_id)
 
 
 def cancel(tx: Tx, caller: Caller, batch_id: str) -> Batch:
     """What waits ends now, what runs is asked to stop, what is done stays."""
     need_scope(caller, "jobs")
+    accounts.get(tx, caller.account.id, hold=True)
     batch = batches.get(tx, caller.account.id, batch_id)
-    if batch.state == batches.FINISHED:
+    if batch.state in (batches.FINISHED, batches.CANCELLED):
         return batch
     change = sa.update(table).where(table.c.id == batch_id)
     ended = {"finished_at": tx.now} if batch.state == batches.PRICED else {}
@@ -95,38 +102,83 @@ def cancel(tx: Tx, caller: Caller, batch_id: str) -> Batch:
     return batches.get(tx, caller.account.id, batch_id)
 
 
+def parse(text: str) -> list[JobSpec]:
+    """A JSONL file: one job a line, as for `POST /api/v1/jobs`. Empty lines are passed over.
+
+    Raises:
+        InvalidRequest: names the line and the field.
+    """
+    specs: list[JobSpec] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        if len(specs) == MAX_ITEMS:
+            raise InvalidRequest(f"Line {number}: more than {MAX_ITEMS} items.", field="items")
+        try:
+            specs.append(JobSpec.model_validate_json(line))
+        except ValidationError as e:
+            first = e.errors(include_url=False)[0]
+            name = ".".join(str(part) for part in first["loc"])
+            where = f"Line {number}, {name}" if name else f"Line {number}"
+            raise InvalidRequest(
+                f"{where}: {first['msg']}.", field=f"items[{number - 1}].{name}".rstrip(".")
+            ) from e
+    return specs
+
+
+def results(tx: Tx, account_id: str, batch_id: str, link: Link | None = None) -> Iterator[str]:
+    """The jobs of a batch as JSONL, in the order in which they were given."""
+    batches.get(tx, account_id, batch_id)
+    for job_id in batches.job_ids(tx, batch_id):
+        yield json.dumps(public(tx, queue.get(tx, job_id, deleted=True), link, live=False)) + "\n"
+
+
 def _prepare(tx: Tx, service: Service, caller: Caller, specs: Sequence[JobSpec]) -> list[Prepared]:
-    """Each item checked and priced. Items that differ only in what matters to nobody here are decided once."""
+    """Each item checked and priced, then all of them together. Items that differ only in their words and their seed are
+    decided once."""
     made: list[Prepared] = []
     known: dict[str, Prepared] = {}
     for number, spec in enumerate(specs, 1):
-        plain = {"prompt": spec.prompt[:1], "negative_prompt": None, "seed": 0, "metadata": {}}
+        plain: dict[str, Any] = {
+            "prompt": spec.prompt[:1],
+            "negative_prompt": None,
+            "seed": 0,
+            "metadata": {},
+        }
         like = spec.model_copy(update=plain).model_dump_json()
         try:
+            check_metadata(spec)
             first = known.get(like)
             if first is None:
                 first = known[like] = service.prepare(tx, caller, spec, dialect=DIALECT)
-                plans.check(tx, caller.account, spec, tier=first.new.resolved.tier, cost=first.new.cost,
-                            jobs_asked=len(specs))  # fmt: skip
         except JobsError as e:
             e.message = f"Item {number}: {e.message}"
+            if isinstance(e, InvalidRequest):
+                e.field = f"items[{number - 1}].{e.field}".rstrip(".")
             raise
         resolved = replace(first.new.resolved, seed=service.seed(spec.seed))
-        own = {"id": new_id(), "spec": spec.dump(), "metadata": spec.metadata, "resolved": resolved}
-        made.append(Prepared(new=replace(first.new, **own), decision=first.decision))
+        new = replace(first.new, id=new_id(), spec=spec.dump(), metadata=spec.metadata, resolved=resolved)
+        made.append(replace(first, new=new))
     return made
 
 
-def _start(tx: Tx, caller: Caller, batch_id: str, prepared: Sequence[Prepared]) -> None:
-    account = caller.account
-    free = plans.free_slots(tx, account.id)
+def _start(tx: Tx, service: Service, caller: Caller, batch_id: str, prepared: Sequence[Prepared]) -> None:
+    account = accounts.get(tx, caller.account.id)
+    plan, cost = plans.plan_of(account), sum(p.new.cost for p in prepared)
+    plans.check_quota(tx, account, cost=cost, jobs_asked=len(prepared))
+    if not plan.overdraft:
+        ledger.cover(account.balance, cost, jobs=len(prepared))
+    room = plans.room(tx, account.id)
     numbered = sorted(enumerate(prepared), key=lambda p: (p[1].new.model, p[1].new.resolved.shape, p[0]))
     news = [
-        replace(p.new, batch_id=batch_id, batch_index=index, admit=place < free)
+        replace(p.new, batch_id=batch_id, batch_index=index, admit=place < room)
         for place, (index, p) in enumerate(numbered)
     ]
     made = queue.insert_many(tx, news)
-    ledger.reserve_many(tx, made, overdraft=plans.plan_of(account).overdraft)
+    ledger.reserve_many(tx, made, overdraft=plan.overdraft)
+    routing.keep_many(tx, account.id, [(p.decision, p.new.id) for p in prepared])
+    named = {m.asset for p in prepared for m in JobSpec.model_validate(p.new.spec).media() if m.asset}
+    assets.used(tx, sorted(named), hours=service.settings.upload_hours)
     mine = sa.update(table).where(table.c.id == batch_id)
     tx.run(mine.values(state=batches.RUNNING, items=[], confirmed_at=tx.now))
 

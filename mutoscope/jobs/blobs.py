@@ -1,7 +1,7 @@
 """Files of the service: where they lie, and links to them that anybody who holds one may follow until it expires.
 
-A link is the path, an expiry and an HMAC-SHA256 over both with a secret of this installation. It opens one file, for one
-purpose; a link for reading is none for uploading.
+A link is the path, an expiry and an HMAC-SHA256 over both with a secret of this installation. It opens one file,
+for one purpose; a link for reading is none for uploading.
 """
 
 from __future__ import annotations

@@ -3,13 +3,18 @@
 Every entry moves an amount from one book account to another:
 
     grant     grants      -> wallet:A    credits given or bought
+    plan      grants      -> wallet:A    a plan's credits of a month
+    lapse     wallet:A    -> grants      what is left of them a month later
     reserve   wallet:A    -> held:A      at submit, what the job may cost
     capture   held:A      -> income      at success, what it costs
     release   held:A      -> wallet:A    the rest; all of it at failure and at cancel
 
-`accounts.balance` is the wallet and `accounts.reserved` is what is held, changed in the same transaction. A job has at
-most one entry of each kind (a unique key), so nothing is charged twice. A job that is cancelled costs nothing, even if it
-ran: it is one's own machine.
+`accounts.balance` is the wallet and `accounts.reserved` is what is held, changed in the same transaction. A job has
+at most one entry of each kind (a unique key), so nothing is charged twice. A job that is cancelled costs nothing, even
+if it ran: it is one's own machine.
+
+Whoever submits holds the account's row first (`accounts.get(..., hold=True)`), so that two requests of one account
+cannot both spend the last credit.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import sqlalchemy as sa
 
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import InvalidRequest, OutOfCredits
-from mutoscope.jobs.model import Job, State
+from mutoscope.jobs.model import TERMINAL, Job, State
 from mutoscope.jobs.schema import accounts, jobs, ledger
 
 INCOME = "income"
@@ -44,6 +49,37 @@ def grant(tx: Tx, account_id: str, amount: int, note: str = "") -> None:
     tx.run(sa.update(accounts).where(accounts.c.id == account_id).values(balance=accounts.c.balance + amount))
 
 
+def renew(tx: Tx, account_id: str, amount: int, note: str) -> None:
+    """A month of a plan begins: what is left of the last one's credits lapses, `amount` is given. Plan credits are
+    spent before bought ones, and what is held counts as spent."""
+    c = ledger.c
+    last = sa.select(c.at, c.amount, c.id).where(c.account_id == account_id, c.kind == "plan")
+    row = tx.first(last.order_by(c.id.desc()).limit(1))
+    left = 0
+    if row is not None:
+        captured = (c.account_id == account_id, c.kind == "capture", c.id > row.id)
+        spent = int(tx.scalar(sa.select(sa.func.sum(c.amount)).where(*captured)) or 0)
+        mine = tx.first(sa.select(accounts.c.balance, accounts.c.reserved).where(accounts.c.id == account_id))
+        assert mine is not None
+        left = max(0, min(int(row.amount) - spent - mine.reserved, mine.balance))
+    if left:
+        _enter(tx, account_id, "lapse", wallet(account_id), GRANTS, left, note=note)
+    if amount:
+        _enter(tx, account_id, "plan", GRANTS, wallet(account_id), amount, note=note)
+    change = {"balance": accounts.c.balance + amount - left}
+    tx.run(sa.update(accounts).where(accounts.c.id == account_id).values(change))
+
+
+def cover(balance: int, cost: int, *, jobs: int = 1) -> None:
+    """Raises OutOfCredits unless the balance covers the cost."""
+    if balance < cost:
+        what = "This job" if jobs == 1 else f"These {jobs} jobs"
+        raise OutOfCredits(
+            f"{what} may cost {cost} credits and the balance is {balance}.",
+            hint="Add credits, or choose a shorter or smaller video, or a draft.",
+        )
+
+
 def reserve(tx: Tx, job: Job, *, overdraft: bool = False) -> None:
     """Hold what the job may cost; see `reserve_many`."""
     reserve_many(tx, [job], overdraft=overdraft)
@@ -62,11 +98,7 @@ def reserve_many(tx: Tx, made: Sequence[Job], *, overdraft: bool = False) -> Non
     moved = {"balance": accounts.c.balance - total, "reserved": accounts.c.reserved + total}
     if not tx.run(change.values(moved)):
         balance = tx.scalar(sa.select(accounts.c.balance).where(accounts.c.id == account_id))
-        what = "This job" if len(made) == 1 else f"These {len(made)} jobs"
-        raise OutOfCredits(
-            f"{what} may cost {total} credits and the balance is {balance}.",
-            hint="Add credits, or choose a shorter or smaller video, or a draft.",
-        )
+        cover(int(balance), total, jobs=len(made))
     books = {"debit": wallet(account_id), "credit": held(account_id)}
     common = {"at": tx.now, "account_id": account_id, "kind": "reserve", "note": "", **books}
     rows = [{**common, "job_id": j.id, "key_id": j.key_id, "model": j.model, "amount": j.cost} for j in made]
@@ -74,13 +106,16 @@ def reserve_many(tx: Tx, made: Sequence[Job], *, overdraft: bool = False) -> Non
 
 
 def settle(tx: Tx, job: Job) -> int:
-    """The job has ended: take what it costs, give the rest back. Returns what was taken."""
+    """The job has ended: take what it costs, give the rest back. Returns what was taken.
+
+    A job that a cheaper model took over costs less than was reserved (`job.cost` fell), never more.
+    """
     reserved = tx.scalar(
         sa.select(ledger.c.amount).where(ledger.c.job_id == job.id, ledger.c.kind == "reserve")
     )
     if reserved is None:
         return 0
-    cost = int(reserved) if job.state is State.SUCCEEDED else 0
+    cost = min(job.cost, int(reserved)) if job.state is State.SUCCEEDED else 0
     back = int(reserved) - cost
     mine = held(job.account_id)
     if cost:
@@ -91,6 +126,33 @@ def settle(tx: Tx, job: Job) -> int:
     moved = {"balance": accounts.c.balance + back, "reserved": accounts.c.reserved - int(reserved)}
     tx.run(sa.update(accounts).where(accounts.c.id == job.account_id).values(moved))
     return cost
+
+
+def entries(tx: Tx, account_id: str, *, before: int | None = None, limit: int = 100) -> list[Entry]:
+    """What happened to an account's credits, newest first; `before` is the `id` of the last entry seen."""
+    query = sa.select(ledger).where(ledger.c.account_id == account_id)
+    if before is not None:
+        query = query.where(ledger.c.id < before)
+    names = tuple(Entry.__dataclass_fields__)
+    rows = tx.all(query.order_by(ledger.c.id.desc()).limit(limit))
+    return [Entry(**{name: row._mapping[name] for name in names}) for row in rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the ledger: `amount` moved from the book `debit` to the book `credit`."""
+
+    id: int
+    at: float
+    account_id: str
+    job_id: str | None
+    key_id: str | None
+    model: str
+    kind: str
+    debit: str
+    credit: str
+    amount: int
+    note: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +180,28 @@ def check(tx: Tx) -> list[Imbalance]:
                 Imbalance(account_id=row.id, balance=row.balance, balance_by_ledger=by_ledger[0],
                           reserved=row.reserved, reserved_by_ledger=by_ledger[1])
             )  # fmt: skip
+    return wrong
+
+
+def unsettled(tx: Tx) -> list[str]:
+    """Ids of jobs whose entries do not fit their state: ended and still held, or open and not held."""
+    by_kind = {
+        kind: sa.func.sum(sa.case((ledger.c.kind == kind, ledger.c.amount), else_=0))
+        for kind in ("reserve", "capture", "release")
+    }
+    left = (by_kind["reserve"] - by_kind["capture"] - by_kind["release"]).label("left")
+    n = sa.func.count().label("n")
+    held_now = (
+        sa.select(ledger.c.job_id, left, n).where(ledger.c.job_id.is_not(None)).group_by(ledger.c.job_id)
+    )
+    sums = held_now.subquery()
+    query = sa.select(jobs.c.id, jobs.c.state, sums.c.left, sums.c.n)
+    wrong = []
+    for row in tx.all(query.join_from(jobs, sums, sums.c.job_id == jobs.c.id, isouter=True)):
+        ended = State(row.state) in TERMINAL
+        settled = row.n is not None and (row.left == 0 and row.n > 1 if ended else row.n == 1)
+        if not settled:
+            wrong.append(row.id)
     return wrong
 
 

@@ -25,8 +25,8 @@ from mutoscope.jobs.model import Job
 from mutoscope.jobs.schema import deliveries, webhook_endpoints
 
 MAX_BODY_BYTES = 18_000
-"""Standard Webhooks asks for less than 20 kB, and links to the outputs come on top when a body is sent; large fields are
-left out and named in `data.omitted`."""
+"""Standard Webhooks asks for less than 20 kB, and links to the outputs come on top when a body is sent; large fields
+are left out and named in `data.omitted`."""
 PROGRESS_EVERY_S = 10.0
 STYLES = {"luma": "luma"}
 """Dialects whose jobs' own URL gets the vendor's body; all else is "standard"."""

@@ -53,24 +53,26 @@ class Prices:
 
     def price(self, spec: JobSpec, resolved: Resolved, factor: float = 1.0) -> int:
         """Credits of a job at most. `factor` is the model's."""
-        table = self.tables[table_of(spec)]
-        credits = table[resolved.tier] * factor
+        credits = self.tables[table_of(spec)][resolved.tier] * factor
         if spec.operation == "video":
-            credits *= max(1, math.ceil(round(resolved.seconds / self.block_seconds, 2)))
-        if spec.hdr and spec.operation == "video":
-            credits *= self.hdr_factor
-        return math.ceil(credits)
+            credits *= self.blocks(resolved)
+            credits *= self.hdr_factor if spec.hdr else 1
+        return math.ceil(round(credits, 6))
+
+    def blocks(self, resolved: Resolved) -> int:
+        """Begun blocks of a video. It lasts from its first frame to its last: 81 frames at 16 a second are 5 s."""
+        seconds = (resolved.frames - 1) / resolved.fps
+        return max(1, math.ceil(round(seconds / self.block_seconds, 6)))
 
     def usd(self, credits: int) -> float:
         return round(credits * self.usd_per_credit, 4)
 
 
 def table_of(spec: JobSpec) -> str:
-    """The table that prices a job."""
+    """The table that prices a job. What goes on from a clip is new video; what follows one all the way is an edit."""
     if spec.operation != "video":
         return spec.operation
-    follows = spec.source or spec.control or spec.extend_start or spec.extend_end
-    return "edit" if follows else "video"
+    return "edit" if spec.source or spec.control else "video"
 
 
 def _is_price(value: Any) -> bool:

@@ -6,6 +6,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +72,19 @@ class Registry:
 
     def __init__(self, models_dir: Path | None = None, aliases: Mapping[str, str] | None = None) -> None:
         self.models_dir = models_dir or default_models_dir()
-        shipped = tomllib.loads((Path(__file__).parent / "aliases.toml").read_text("utf-8"))
-        self.aliases: dict[str, str] = {**shipped, **(aliases or {})}
+        self._shipped: dict[str, str] = tomllib.loads(
+            (Path(__file__).parent / "aliases.toml").read_text("utf-8")
+        )
+        self._own = dict(aliases or {})
         self._lock = threading.Lock()
         self._read_at = -FRESH_S
         self._models: tuple[Model, ...] = ()
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Names and what they stand for: the shipped table, then what models say of themselves, then the settings."""
+        told = {alias: model.name for model in self.models() for alias in model.manifest.service.aliases}
+        return {**self._shipped, **told, **self._own}
 
     def models(self) -> tuple[Model, ...]:
         """The starter first, then what is installed and whole, by name."""
@@ -97,17 +106,25 @@ class Registry:
         raise self._unknown(name)
 
     def target(self, name: str) -> str:
-        """What a name stands for: the name of a model, or "auto".
+        """What a name stands for: the name of a model, or "auto". A name without its quant takes the first installed.
 
         Raises:
             InvalidRequest: neither a model, nor an alias, nor "auto".
         """
         if name == AUTO or any(model.name == name for model in self.models()):
             return name
-        if name not in self.aliases:
-            raise self._unknown(name)
-        meant = self.aliases[name]
-        return meant if meant == AUTO else self.get(meant).name
+        meant = self.aliases.get(name)
+        if meant is None:
+            family = [model.name for model in self.models() if model.name.partition(":")[0] == name]
+            if not family:
+                raise self._unknown(name)
+            return family[0]
+        if meant == AUTO or any(model.name == meant for model in self.models()):
+            return meant
+        raise InvalidRequest(
+            f"Model {name!r} stands for {meant!r} here, which is not installed.", field="model",
+            hint=f"Run: mutoscope pull {meant}",
+        )  # fmt: skip
 
     def _unknown(self, name: str) -> InvalidRequest:
         own = [model.name for model in self.models()]
@@ -117,10 +134,8 @@ class Registry:
 
     def _read(self) -> tuple[Model, ...]:
         found = []
-        try:
+        with suppress(FileError):  # a wheel without the starter's weights
             found.append(Model(find_model(POCKET, self.models_dir)))
-        except FileError:  # a wheel without the starter's weights
-            pass
         for installed in installed_models(self.models_dir):
             if installed.manifest is not None and not installed.problem:
                 found.append(Model(installed.manifest))

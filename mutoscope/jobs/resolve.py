@@ -1,8 +1,8 @@
 """From what is asked to the numbers of a model: sizes, frames, steps, the price tier. Pure.
 
 The delivered file has the size that was asked for. The model makes the size of its own that is nearest in shape, and
-in area; the difference is made up by resampling, and both are told. A length that the model cannot make at its frame rate
-is made with its most frames at a lower rate, so that the clip lasts as long as asked.
+in area; the difference is made up by resampling, and both are told. A length that the model cannot make at its frame
+rate is made with its most frames at a lower rate, so that the clip lasts as long as asked.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ DEFAULT_ASPECT = 16 / 9
 SAME_SHAPE = 0.12
 """A listed size whose aspect ratio differs less than that (relative) is taken as it is."""
 MAX_SEED = 2**31
+LEAST_FPS = 1.0
+"""A clip slower than that is a row of pictures."""
+FIELDS = {"size": "width", "frames": "frames", "a": "frames", "steps": "steps", "sampler": "sampler", "fps": "fps",
+          "guidance": "guidance", "shift": "shift"}  # fmt: skip
+"""First words of `planning`'s messages, and the fields that they are about."""
 
 
 def resolve(spec: JobSpec, model: Model) -> Resolved:
@@ -34,6 +39,7 @@ def resolve(spec: JobSpec, model: Model) -> Resolved:
     """
     if spec.hdr and spec.operation == "image":
         raise Unsupported("HDR pictures are not made here; hdr is for videos.", field="hdr")
+    check_parts(spec)
     manifest = model.manifest
     seed = secrets.randbelow(MAX_SEED) if spec.seed is None else spec.seed
     out = out_size(spec)
@@ -54,8 +60,12 @@ def resolve(spec: JobSpec, model: Model) -> Resolved:
     try:
         done = plan(asked, manifest)
     except RequestError as e:
-        raise InvalidRequest(e.message, hint=e.hint) from e
-    assert done.steps is not None and done.guidance is not None and done.fps is not None
+        first = e.message.partition(" ")[0].lower()
+        raise InvalidRequest(e.message, field=FIELDS.get(first, ""), hint=e.hint) from e
+    _check_moments(spec, frames)
+    assert done.steps is not None
+    assert done.guidance is not None
+    assert done.fps is not None
     made = Resolved(
         width=width, height=height, frames=frames, fps=done.fps, steps=done.steps,
         passes=1 if done.guidance == 1.0 else 2, out_width=out_width, out_height=out_height, seed=seed,
@@ -63,6 +73,60 @@ def resolve(spec: JobSpec, model: Model) -> Resolved:
         seconds=0.0 if spec.operation == "image" else frames / done.fps,
     )  # fmt: skip
     return replace(made, seconds=round(made.seconds, 3))
+
+
+def check_parts(spec: JobSpec) -> None:
+    """Parts of a request that contradict each other, or lack one another: what `planning` would say with files in hand.
+
+    Raises:
+        InvalidRequest: names the part.
+    """
+
+    def need(is_right: bool, field: str, message: str) -> None:
+        if not is_right:
+            raise InvalidRequest(f"{field}: {message}", field=field)
+
+    generates = spec.operation not in WITHOUT_MODEL
+    need(not spec.loop or any(k.at == 0 for k in spec.keyframes), "loop", "needs a keyframe at 0.")
+    if generates:
+        for part in ("mask", "boxes", "outpaint", "reframe"):
+            need(not getattr(spec, part) or spec.source is not None, part, "needs a source.")
+    need(not (spec.mask and spec.boxes), "boxes", "there is a mask already; give one of them.")
+    makes_mask = spec.outpaint is not None or bool(spec.reframe)
+    need(not (makes_mask and (spec.mask or spec.boxes)), "mask" if spec.mask else "boxes",
+         "new picture around the source makes its own mask; do it in two passes.")  # fmt: skip
+    need(not (spec.outpaint and spec.reframe), "outpaint", "reframe decides it; give one of them.")
+    if spec.outpaint is not None:
+        need(any(spec.outpaint.model_dump().values()), "outpaint", "at least one side above 0 expected.")
+    for i, box in enumerate(spec.boxes):
+        need(box.x0 < box.x1 and box.y0 < box.y1, f"boxes[{i}]", "x0 < x1 and y0 < y1 expected.")
+    for i, track in enumerate(spec.tracks):
+        need(bool(track), f"tracks[{i}]", "at least one point expected.")
+        for point in track:
+            need(point.x0 < point.x1 and point.y0 < point.y1, f"tracks[{i}]", "x0 < x1 and y0 < y1 expected.")
+    if spec.operation == "image":
+        for part in ("extend_start", "extend_end", "control", "tracks", "loop"):
+            need(not getattr(spec, part), part, "is for videos.")
+    if spec.operation == "upscale":
+        need(
+            not (spec.scale and (spec.width or spec.resolution)),
+            "scale",
+            "give a factor or a size, not both.",
+        )
+
+
+def _check_moments(spec: JobSpec, frames: int) -> None:
+    """Two keyframes for one frame."""
+    seen: dict[int, int] = {frames - 1: -1} if spec.loop and frames > 1 else {}
+    for i, keyframe in enumerate(spec.keyframes):
+        index = round(keyframe.at * (frames - 1))
+        if index in seen:
+            other = "the loop" if seen[index] < 0 else f"keyframes[{seen[index]}]"
+            raise InvalidRequest(
+                f"keyframes[{i}]: at {keyframe.at:g} it falls on frame {index} of {frames}, as does {other}.",
+                field=f"keyframes[{i}]", hint="Give one picture for each frame.",
+            )  # fmt: skip
+        seen[index] = i
 
 
 def out_size(spec: JobSpec) -> tuple[int, int] | None:
@@ -125,6 +189,11 @@ def length(spec: JobSpec, model: Model) -> tuple[int, float]:
         return spec.frames, fps
     if spec.seconds is None:
         return d.frames, fps
+    longest = min(most / LEAST_FPS, model.manifest.service.max_seconds or math.inf)
+    if spec.seconds > longest:
+        raise InvalidRequest(
+            f"seconds = {spec.seconds:g}, {model.name} makes at most {longest:g}.", field="seconds"
+        )
     frames = max(1 + TEMPORAL_STRIDE, frames_for(spec.seconds, fps))
     if frames <= most:
         return frames, fps

@@ -1,18 +1,18 @@
 """Which model makes a job: filter by what it can do, by capacity, then rank. Every decision is kept and can be read.
 
-    filter     follows all tasks of the spec, can do its size and length, within the price ceiling, allowed by the router
-    capacity   a model with `max_queue` waiting jobs is full; with fallback the next one is taken
+    filter     follows all tasks of the spec, can do its size and length, costs little enough, is allowed by the router
     rank       quality: the better model; cost: the cheaper one; latency: the one that is done first
+    capacity   a model with `max_queue` waiting jobs is full: with fallback the next one is taken, if it is not full too
 
 A decision also names candidates: the models, in order, that get the job if the chosen one cannot be loaded or crashes.
-A model that is asked for by its own name has none: whoever names a model wants that one.
+None of them costs more. A model that is asked for by its own name has none: whoever names a model wants that one.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,11 +20,12 @@ from sqlalchemy.engine import Row
 
 from mutoscope.jobs import eta
 from mutoscope.jobs.database import Tx
-from mutoscope.jobs.errors import Conflict, InvalidRequest, LimitExceeded, NotFound, Unsupported
-from mutoscope.jobs.model import Resolved, State, new_id
+from mutoscope.jobs.errors import Conflict, InvalidRequest, NotFound, Unsupported
+from mutoscope.jobs.model import Resolved, new_id
 from mutoscope.jobs.pricing import Prices, table_of
 from mutoscope.jobs.registry import AUTO, Model, Registry, tasks_of
 from mutoscope.jobs.resolve import resolve
+from mutoscope.jobs.scheduling import QUEUED
 from mutoscope.jobs.schema import jobs, routers, routing_decisions, timings, workers
 from mutoscope.jobs.spec import JobSpec
 
@@ -93,12 +94,19 @@ class _Option:
     cost: int
 
 
-def route(tx: Tx, registry: Registry, prices: Prices, spec: JobSpec, rules: Rules | None = None) -> Decision:
-    """Decide. Changes nothing; `keep` records it.
+def route(
+    tx: Tx,
+    registry: Registry,
+    prices: Prices,
+    spec: JobSpec,
+    rules: Rules | None = None,
+    *,
+    prefer: str = "",
+) -> Decision:
+    """Decide. Changes nothing; `keep` records it. `prefer`: the model that "auto" takes if it can do the job.
 
     Raises:
-        InvalidRequest, Unsupported: no model can do it; says why for the one that was asked for.
-        LimitExceeded: every model that can is full.
+        InvalidRequest, Unsupported: no model can do it; says why for each.
     """
     named = registry.target(spec.model)
     asked = [registry.get(named)] if named != AUTO else list(registry.models())
@@ -106,45 +114,92 @@ def route(tx: Tx, registry: Registry, prices: Prices, spec: JobSpec, rules: Rule
         raise Unsupported("No model is installed.", field="model", hint="`mutoscope pull` installs one.")
     rules = rules or Rules(optimize_for=spec.optimize_for, on_capacity=spec.fallback)
     options, filtered = _filter(asked, prices, spec, rules)
-    data: dict[str, Any] = {"asked": spec.model, "optimizeFor": rules.optimize_for, "filter": filtered}
     if not options:
-        first = filtered[0]
-        kind = Unsupported if first["code"] == "capability" else InvalidRequest
-        names = ", ".join(f["model"] for f in filtered)
-        why = first["why"] if len(filtered) == 1 else "; ".join(f"{f['model']}: {f['why']}" for f in filtered)
-        raise kind(f"No model can do this ({names}): {why}", field=first["field"])
-    ranked = _rank(tx, options, rules.optimize_for)
-    data["rank"] = [{"model": o.model.name, "credits": o.cost, "seconds": round(s, 3)} for o, s in ranked]
-    free = [option for option, _ in ranked]
-    full = [o for o in free if _is_full(tx, o.model)]
-    data["capacity"] = {"full": [o.model.name for o in full]}
-    chosen = free[0]
-    if chosen in full and rules.on_capacity and len(full) < len(free):
-        chosen = next(o for o in free if o not in full)
-    elif chosen in full:
-        raise LimitExceeded(
-            f"{chosen.model.name} has {chosen.model.manifest.service.max_queue} jobs waiting already.",
-            retry_after_s=max(1.0, ranked[0][1]), hint="Try again later, or allow another model.",
-        )  # fmt: skip
-    skipped = [o.model.name for o in free[: free.index(chosen)]]
-    reason = "only_eligible_model" if len(options) == 1 else REASONS[rules.optimize_for]
-    data |= {"chosen": chosen.model.name, "reasonCode": "filter_order_fallback" if skipped else reason}
-    data["capacityFallback"] = {"allExhausted": False, "skipped": skipped} if skipped else None
-    data["estimatedCost"] = chosen.cost
-    rest = tuple(o.model.name for o in free if o is not chosen and o.cost <= chosen.cost)
-    candidates = rest if spec.fallback and named == AUTO else ()
+        raise _none_can(filtered)
+    ranked, reason = _rank(tx, options, rules.optimize_for)
+    if prefer:
+        ranked.sort(key=lambda pair: pair[0].model.name != prefer)  # stable: the rest stays in order
+    best = [option for option, _ in ranked]
+    full = [option for option in best if _is_full(tx, option.model)]
+    exhausted = len(full) == len(best)
+    chosen = best[0] if exhausted or not rules.on_capacity else next(o for o in best if o not in full)
+    skipped = [o.model.name for o in best[: best.index(chosen)]]
+    data: dict[str, Any] = {
+        "asked": spec.model,
+        "optimizeFor": rules.optimize_for,
+        "filter": filtered,
+        "capacity": {"full": [o.model.name for o in full]},
+        "capacityFallback": {"allExhausted": exhausted, "skipped": skipped}
+        if full and rules.on_capacity
+        else None,
+        "rank": [
+            {"model": o.model.name, "credits": o.cost, "seconds": round(s, 3), "resolved": asdict(o.resolved)}
+            for o, s in ranked
+        ],
+        "chosen": chosen.model.name,
+        "reasonCode": "only_eligible_model" if len(options) == 1 else reason,
+        "estimatedCost": chosen.cost,
+    }
+    rest = tuple(o.model.name for o in best if o is not chosen and o.cost <= chosen.cost)
     return Decision(
-        model=chosen.model, resolved=chosen.resolved, cost=chosen.cost, candidates=candidates, data=data
+        model=chosen.model,
+        resolved=chosen.resolved,
+        cost=chosen.cost,
+        candidates=rest if spec.fallback and named == AUTO else (),
+        data=data,
     )
+
+
+def _none_can(filtered: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+    first = filtered[0]
+    kind = Unsupported if all(f["code"] == "capability" for f in filtered) else InvalidRequest
+    if len(filtered) == 1:
+        return kind(f"{first['model']} cannot do this: {first['why']}", field=first["field"])
+    each = "; ".join(f"{f['model']}: {f['why'].rstrip('.')}" for f in filtered)
+    return kind(f"No model can do this. {each}.", field=first["field"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """What a job comes to on another model of its decision."""
+
+    resolved: Resolved
+    cost: int
+
+
+def alternative(tx: Tx, job_id: str, model: str) -> Alternative | None:
+    """The numbers and the price of a job on a candidate, as its decision recorded them."""
+    c = routing_decisions.c
+    data = tx.scalar(sa.select(c.data).where(c.job_id == job_id).order_by(c.seq.desc()).limit(1))
+    for entry in data["rank"] if data else ():
+        if entry["model"] == model:
+            return Alternative(resolved=Resolved(**entry["resolved"]), cost=int(entry["credits"]))
+    return None
 
 
 def keep(
     tx: Tx, account_id: str, decision: Decision, *, job_id: str | None = None, router_id: str | None = None
 ) -> str:
     """Record a decision; its id."""
-    row = {"id": new_id(), "account_id": account_id, "router_id": router_id, "job_id": job_id, "at": tx.now}
-    tx.run(sa.insert(routing_decisions).values(**row, chosen=decision.model.name, data=decision.data))
-    return str(row["id"])
+    return keep_many(tx, account_id, [(decision, job_id)], router_id=router_id)[0]
+
+
+def keep_many(
+    tx: Tx, account_id: str, made: Sequence[tuple[Decision, str | None]], *, router_id: str | None = None
+) -> list[str]:
+    """Record decisions, each with the job that it is about."""
+    common = {"account_id": account_id, "router_id": router_id, "at": tx.now}
+    rows: list[dict[str, Any]] = [
+        {"id": new_id(), "job_id": job_id, "chosen": d.model.name, "data": d.data, **common}
+        for d, job_id in made
+    ]
+    tx.conn.execute(sa.insert(routing_decisions), rows)
+    return [row["id"] for row in rows]
+
+
+def prune(tx: Tx, before: float) -> int:
+    """Forget decisions from before a time."""
+    return tx.run(sa.delete(routing_decisions).where(routing_decisions.c.at < before))
 
 
 def decisions(
@@ -208,32 +263,42 @@ def _is_full(tx: Tx, model: Model) -> bool:
     most = model.manifest.service.max_queue
     if not most:
         return False
-    waiting = sa.select(sa.func.count()).select_from(jobs)
-    return (
-        int(tx.scalar(waiting.where(jobs.c.state == State.QUEUED, jobs.c.model == model.name)) or 0) >= most
-    )
+    waiting = sa.select(jobs.c.seq).where(QUEUED, jobs.c.model == model.name).limit(most).subquery()
+    return int(tx.scalar(sa.select(sa.func.count()).select_from(waiting)) or 0) >= most
 
 
-def _rank(tx: Tx, options: Sequence[_Option], optimize_for: str) -> list[tuple[_Option, float]]:
-    """Best first, with the seconds until each would be done."""
+def _rank(tx: Tx, options: Sequence[_Option], optimize_for: str) -> tuple[list[tuple[_Option, float]], str]:
+    """Best first, each with the seconds until it would be done; and the reason of the order.
+
+    By latency the times have to be known: as long as not every model was run once, the order is that of the filter.
+    """
+    times = {o.model.name: eta.estimate(tx, o.model.name, None, o.resolved) for o in options}
     if len(options) == 1:
-        return [(options[0], eta.estimate(tx, options[0].model.name, None, options[0].resolved).seconds)]
-    loaded = {row.model for row in tx.all(sa.select(workers.c.model).where(workers.c.state != "gone"))}
-    waits = sa.select(jobs.c.model, sa.func.sum(jobs.c.estimate_s)).where(jobs.c.state == State.QUEUED)
+        return [(options[0], times[options[0].model.name].seconds)], REASONS[optimize_for]
+    alive = (workers.c.state != "gone", workers.c.beat_at > tx.now - eta.ALIVE_S)
+    loaded = {row.model for row in tx.all(sa.select(workers.c.model).where(*alive))}
+    waits = sa.select(jobs.c.model, sa.func.sum(jobs.c.estimate_s)).where(QUEUED)
     ahead = {model: float(total) for model, total in tx.all(waits.group_by(jobs.c.model))}
+    n = eta.live_workers(tx)
 
     def done_after(option: _Option) -> float:
         name = option.model.name
         load = 0.0 if name in loaded else _load_s(tx, name)
-        return eta.estimate(tx, name, None, option.resolved).seconds + load + ahead.get(name, 0.0)
+        return times[name].seconds + load + ahead.get(name, 0.0) / n
 
     timed = [(option, done_after(option)) for option in options]
+    if optimize_for == "latency" and any(not _was_run(tx, o.model.name) for o in options):
+        return timed, "filter_order_fallback"
     keys = {
         "quality": lambda t: (-t[0].model.quality, t[1], t[0].model.name),
         "cost": lambda t: (t[0].cost, -t[0].model.quality, t[0].model.name),
         "latency": lambda t: (t[1], -t[0].model.quality, t[0].model.name),
     }
-    return sorted(timed, key=keys[optimize_for])
+    return sorted(timed, key=keys[optimize_for]), REASONS[optimize_for]
+
+
+def _was_run(tx: Tx, model: str) -> bool:
+    return tx.first(sa.select(timings.c.id).where(timings.c.model == model).limit(1)) is not None
 
 
 def _load_s(tx: Tx, model: str) -> float:
@@ -256,7 +321,7 @@ def create(tx: Tx, account_id: str, *, slug: str, name: str, rules: Rules) -> Ro
     _check(rules)
     if tx.first(_mine(account_id).where(routers.c.slug == slug)) is not None:
         raise Conflict(f"There is a router {slug!r} already.")
-    row = {"id": new_id(), "account_id": account_id, "slug": slug, "name": name or slug}
+    row: dict[str, Any] = {"id": new_id(), "account_id": account_id, "slug": slug, "name": name or slug}
     row |= {"settings": _json(rules), "created_at": tx.now, "updated_at": tx.now}
     tx.run(sa.insert(routers).values(row))
     return get(tx, account_id, row["id"])

@@ -8,20 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
 
-from mutoscope.jobs import assets, endpoints, eta, ledger, plans, queue
+from mutoscope.jobs import accounts, assets, endpoints, eta, fetch, ledger, plans, queue
 from mutoscope.jobs import router as routing
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import Forbidden, InvalidRequest, NotFound
 from mutoscope.jobs.model import Caller, Job, Priority, Resolved, State
 from mutoscope.jobs.pricing import Prices
 from mutoscope.jobs.queue import NewJob, Page
-from mutoscope.jobs.registry import Registry
+from mutoscope.jobs.registry import AUTO, Registry
 from mutoscope.jobs.resolve import MAX_SEED
 from mutoscope.jobs.router import Decision, Rules
 from mutoscope.jobs.schema import jobs
@@ -54,6 +54,7 @@ class Prepared:
 
     new: NewJob
     decision: Decision
+    router_id: str | None = None
 
 
 class Service:
@@ -87,19 +88,21 @@ class Service:
             InvalidRequest, Unsupported, Forbidden, OutOfCredits, LimitExceeded, NotFound (the router).
         """
         need_scope(caller, "jobs")
+        account = accounts.get(tx, caller.account.id, hold=True)
         prepared = self.prepare(
             tx, caller, spec, dialect=dialect, vendor=vendor, parent_id=parent_id, router=router
         )
-        new, account = prepared.new, caller.account
+        new, plan = prepared.new, plans.plan_of(account)
         if (first := self._same_before(tx, new)) is not None:
             return first
-        plans.check(tx, account, spec, tier=new.resolved.tier, cost=new.cost)
-        job = queue.insert(tx, new)
-        ledger.reserve(tx, job, overdraft=plans.plan_of(account).overdraft)
+        plans.check_quota(tx, account, cost=new.cost)
+        if not plan.overdraft:
+            ledger.cover(account.balance, new.cost)
+        job = queue.insert(tx, replace(new, admit=plans.room(tx, account.id) > 0))
+        ledger.reserve(tx, job, overdraft=plan.overdraft)
         named = [media.asset for media in spec.media() if media.asset is not None]
         assets.used(tx, named, hours=self.settings.upload_hours)
-        router_id = self._router(tx, caller, router)[1]
-        routing.keep(tx, account.id, prepared.decision, job_id=job.id, router_id=router_id)
+        routing.keep(tx, account.id, prepared.decision, job_id=job.id, router_id=prepared.router_id)
         return job
 
     def prepare(
@@ -113,10 +116,13 @@ class Service:
         parent_id: str | None = None,
         router: str | None = None,
     ) -> Prepared:
-        """All of `submit` that changes nothing."""
+        """What `submit` knows before it looks at the account: checked, routed, priced. Changes nothing."""
         account = caller.account
         self._check(tx, caller, spec)
-        decision = self.decide(tx, caller, spec, router)
+        rules, router_id = self._router(tx, caller, router)
+        decision = self._decide(tx, spec, rules)
+        plan = plans.plan_of(account)
+        plans.check_features(plan, spec, tier=decision.resolved.tier, dialect=dialect)
         estimate = eta.estimate(tx, decision.model.name, None, decision.resolved)
         dumped = spec.dump()
         dedupe = None
@@ -126,17 +132,17 @@ class Service:
             account_id=account.id, key_id=caller.key_id, dialect=dialect, operation=spec.operation,
             model=decision.model.name, model_asked=spec.model, candidates=decision.candidates, spec=dumped,
             resolved=decision.resolved, vendor=vendor or {}, metadata=spec.metadata,
-            priority=Priority(spec.priority), admit=plans.free_slots(tx, account.id) > 0, cost=decision.cost,
+            priority=Priority(spec.priority), cost=decision.cost,
             estimate_s=estimate.seconds, dedupe=dedupe, webhook_url=spec.webhook_url,
             time_limit_s=min(spec.time_limit_s or self.settings.time_limit_s, self.settings.time_limit_s),
             parent_id=parent_id or _parent(spec),
         )  # fmt: skip
-        return Prepared(new=new, decision=decision)
+        return Prepared(new=new, decision=decision, router_id=router_id)
 
     def estimate(self, tx: Tx, caller: Caller, spec: JobSpec, *, router: str | None = None) -> Quote:
-        """What it would cost and take, without doing it. Refuses what `submit` would refuse."""
+        """What it would cost and take, without doing it. Refuses what cannot be made; asks neither plan nor balance."""
         self._check(tx, caller, spec)
-        decision = self.decide(tx, caller, spec, router)
+        decision = self._decide(tx, spec, self._router(tx, caller, router)[0])
         run = eta.estimate(tx, decision.model.name, None, decision.resolved)
         return Quote(
             credits=decision.cost, usd=self.prices.usd(decision.cost), seconds=run.seconds, low=run.low,
@@ -144,12 +150,10 @@ class Service:
             candidates=decision.candidates, resolved=decision.resolved, decision=decision.data,
         )  # fmt: skip
 
-    def decide(self, tx: Tx, caller: Caller, spec: JobSpec, router: str | None = None) -> Decision:
-        """Which model, with which numbers, at what price."""
+    def _decide(self, tx: Tx, spec: JobSpec, rules: Rules | None) -> Decision:
         default = self.settings.default_model
-        if spec.model == "auto" and default not in ("", "auto"):
-            spec = spec.model_copy(update={"model": default})
-        return routing.route(tx, self.registry, self.prices, spec, self._router(tx, caller, router)[0])
+        prefer = "" if default in ("", AUTO) else self.registry.target(default)
+        return routing.route(tx, self.registry, self.prices, spec, rules, prefer=prefer)
 
     @staticmethod
     def seed(asked: int | None) -> int:
@@ -183,13 +187,26 @@ class Service:
     # -- checks ----------------------------------------------------------------------------------------------
 
     def _check(self, tx: Tx, caller: Caller, spec: JobSpec) -> None:
-        if len(json.dumps(spec.metadata).encode()) > MAX_METADATA_BYTES:
-            raise InvalidRequest(f"metadata has more than {MAX_METADATA_BYTES} bytes.", field="metadata")
+        check_metadata(spec)
         if spec.webhook_url is not None:
             endpoints.check_url(spec.webhook_url, self.settings, field="webhook_url")
-        for media in spec.media():
-            if media.job is not None:
-                finished(tx, caller.account.id, media.job)
+        for use in fetch.uses(spec):
+            if use.media.job is not None:
+                finished(tx, caller.account.id, use.media.job, field=f"{use.field}.job", kinds=use.kinds)
+            elif use.media.asset is not None:
+                self._check_asset(tx, caller, use)
+
+    @staticmethod
+    def _check_asset(tx: Tx, caller: Caller, use: fetch.Use) -> None:
+        field = f"{use.field}.asset"
+        assert use.media.asset is not None
+        try:
+            asset = assets.get(tx, caller.account.id, use.media.asset)
+        except NotFound as e:
+            raise InvalidRequest(f"{field}: {e.message}", field=field, hint=e.hint) from e
+        kind = asset.info.get("kind")  # an animation serves as both
+        if kind in ("image", "video") and kind not in use.kinds:
+            raise InvalidRequest(f"{field}: {asset.mime}, {' or '.join(use.kinds)} expected.", field=field)
 
     def _router(self, tx: Tx, caller: Caller, name: str | None) -> tuple[Rules | None, str | None]:
         if name is None:
@@ -207,26 +224,35 @@ class Service:
         return queue.get(tx, row.id) if row is not None else None
 
 
+def check_metadata(spec: JobSpec) -> None:
+    """Raises InvalidRequest if it is too large."""
+    if spec.metadata and len(json.dumps(spec.metadata).encode()) > MAX_METADATA_BYTES:
+        raise InvalidRequest(f"metadata has more than {MAX_METADATA_BYTES} bytes.", field="metadata")
+
+
 def need_scope(caller: Caller, scope: str) -> None:
     """Raises Forbidden unless the key has the scope, or is an administrator's."""
     if scope not in caller.scopes and "admin" not in caller.scopes:
         raise Forbidden(f"This API key may not do that: it needs the scope {scope!r}.")
 
 
-def finished(tx: Tx, account_id: str, job_id: str, *, field: str = "job") -> Job:
-    """A job of the account whose output can be used as input.
+def finished(
+    tx: Tx, account_id: str, job_id: str, *, field: str = "job", kinds: Sequence[str] = ("video", "image")
+) -> Job:
+    """A job of the account whose video or picture can be used as input.
 
     Raises:
-        InvalidRequest: there is none, or it has not succeeded.
+        InvalidRequest: there is none, it has not succeeded, or it made something else.
     """
     try:
         job = queue.get(tx, job_id, account_id=account_id)
     except NotFound as e:
         raise InvalidRequest(f"{field} = {job_id!r}: no such job.", field=field) from e
-    if job.state is not State.SUCCEEDED or not job.outputs:
-        raise InvalidRequest(
-            f"{field} = {job_id!r}: it is {job.state}, only finished jobs can be used.", field=field
-        )
+    if job.state is not State.SUCCEEDED:
+        raise InvalidRequest(f"{field} = {job_id!r}: it is {job.state}, succeeded expected.", field=field)
+    if not any(output.role in kinds for output in job.outputs):
+        hint = "" if job.outputs else "Its files were deleted."
+        raise InvalidRequest(f"{field} = {job_id!r}: has no {' or '.join(kinds)}.", field=field, hint=hint)
     return job
 
 

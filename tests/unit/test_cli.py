@@ -479,7 +479,11 @@ def test_a_bug_is_called_a_bug(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
         (PermissionError(13, "Permission denied", "/x/y"), 1, "Error: /x/y: Permission denied."),
         (errors.FileError("a.png: no such file."), 3, "Error: a.png: no such file."),
         (errors.RequestError("unknown model 'x'."), 2, "Error: Unknown model 'x'."),
-        (errors.OutputError("The latents are not numbers any more."), 6, "Error: The latents are not numbers any more."),
+        (
+            errors.OutputError("The latents are not numbers any more."),
+            6,
+            "Error: The latents are not numbers any more.",
+        ),
         (errors.Cancelled("Stopped after step 1 of 2."), 130, "Stopped after step 1 of 2."),
         (errors.RequestError("[bold]brackets[/] are kept"), 2, "Error: [bold]brackets[/] are kept"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -325,7 +326,5 @@ def test_many_at_once_keep_their_order(db: Database, account: str) -> None:
         assert [j.seq for j in made] == sorted(j.seq for j in made)
         assert len(feed.after(tx, 0, limit=5000)) == 1001
         models = [row.model for row in tx.all(sa.select(jobs.c.model).order_by(*queue.ORDER))]
-        assert (
-            sum(a != b for a, b in zip(models, models[1:], strict=False)) <= 20
-        )  # one after the other: 1,000
+        assert sum(a != b for a, b in itertools.pairwise(models)) <= 20  # one after the other: 1,000
         assert queue.insert_many(tx, []) == []

@@ -45,8 +45,8 @@ def test_usage_by_day(house: House) -> None:
     for job in jobs:
         if job.id != failed.id:
             house.succeed(job)
-    used = client.organization.retrieve_usage(before_date=datetime.date.today() + datetime.timedelta(days=2),
-                                              start_date=datetime.date.today() - datetime.timedelta(days=2))  # fmt: skip
+    today, days = datetime.date.today(), datetime.timedelta(days=2)
+    used = client.organization.retrieve_usage(start_date=today - days, before_date=today + days)
     (day,) = used.results
     amounts = {u.model: u.amount for u in day.used_credits}
     assert used.models == ["gen4.5", "magnific_video_upscaler_creative"]
