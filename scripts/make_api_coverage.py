@@ -28,7 +28,7 @@ DIALECTS = (
     Dialect("runway_coverage", "Runway", "runway.md"),
     Dialect("luma", "Luma Dream Machine", "luma.md"),
     Dialect("luma_agents", "Luma Agents", "luma.md"),
-    Dialect("openai_videos", "OpenAI Videos", "openai-videos.md"),
+    Dialect("openai_videos", "OpenAI Videos", "openai.md"),
 )
 
 HEAD = """# What of each vendor's API is here
