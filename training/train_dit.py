@@ -237,7 +237,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
         for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * optim.decayed(progress, decay=a.decay)
         source, n, refer = examples, a.batch, False
-        if pictures is not None and step % 6 == 5:
+        if pictures is not None and step % 6 in (3, 5):
             source, n = pictures, 4 * a.batch
         elif others and step % 6 == 2:
             source, n = others[(step // 6) % len(others)], a.batch // 2
@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pictures", action="store_true", help="every sixth batch is of pictures")
+    parser.add_argument("--pictures", action="store_true", help="every third batch is of pictures")
     parser.add_argument(
         "--also", type=Path, nargs="*", default=[], help="data of other sizes, every sixth batch in turn"
     )
