@@ -12,20 +12,31 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from mutoscope.cli import run
+import typer
+
+from mutoscope.cli import app, run
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 MARKER = "<!-- Below: written by scripts/make_cli_docs.py"
-COMMANDS = ("", "generate", "decode", "models", "models remove", "pull", "inspect", "quantize", "doctor")
 WIDTH = 100
 
 
 def tools() -> str:
     """What the layout depends on."""
     return f"typer {version('typer')}, rich {version('rich')}"
+
+
+def commands(group: Any = None, name: str = "") -> Iterator[str]:
+    """The program itself (""), and all that it can be told, like "keys create"."""
+    group = typer.main.get_command(app) if group is None else group
+    yield name
+    for word, command in getattr(group, "commands", {}).items():
+        yield from commands(command, f"{name} {word}".strip())
 
 
 def help_of(command: str) -> str:
@@ -45,7 +56,7 @@ def page() -> str:
     """docs/cli.md as it should be."""
     head = PAGE.read_text("utf-8").partition(MARKER)[0].rstrip()
     parts = [head, f"{MARKER} ({tools()}) -->", "## Help"]
-    for command in COMMANDS:
+    for command in commands():
         name = f"mutoscope {command}".strip()
         parts.append(f"### {name}\n\n```text\n{help_of(command)}\n```")
     return "\n\n".join(parts) + "\n"
