@@ -207,7 +207,10 @@ class Supervisor:
                 child.process.stdin.close()
             child.process = None
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            if self.stopped_at is None or code != 0:
+            if self.stopped_at is None or code not in (
+                0,
+                -signal.SIGTERM,
+            ):  # uvicorn ends by the signal it got
                 log.warning(
                     "the %s ended (%s)%s",
                     child.name,

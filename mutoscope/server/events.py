@@ -2,6 +2,9 @@
 
 A listener is registered first, then gets what the database has after its Last-Event-ID, then what comes. So nothing is
 missed and nothing comes twice. Event ids are the feed's numbers, valid across restarts and processes.
+
+What one look at the feed brings for a job is put into bytes once and sent to each of its listeners as one piece: a
+thousand listeners cost a thousand writes, not a thousand times the work (docs/service-performance.md).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import sqlalchemy as sa
 
@@ -26,29 +30,48 @@ LOOK_S = 0.2
 """How often the feed is read while somebody listens."""
 HEARTBEAT_S = 15.0
 RETRY_MS = 1000
-QUEUE = 1000
-"""Events that a slow listener may be behind; then its stream ends, and it comes back with its Last-Event-ID."""
+QUEUE = 500
+"""Looks that a slow listener may be behind; then its stream ends, and it comes back with its Last-Event-ID."""
 WINDOW = 200
 """Rows that are read again: on PostgreSQL a lower number may be committed after a higher one."""
 TERMINAL = ("succeeded", "failed", "cancelled")
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Events for a stream, all of one look."""
+
+    events: tuple[FeedEvent, ...]
+
+    @cached_property
+    def data(self) -> bytes:
+        """As it goes over the wire; the same for all who get it."""
+        return b"".join(map(encode, self.events))
+
+    def without(self, known: set[int]) -> Piece:
+        """What is new to somebody who has seen these numbers."""
+        if not known or known.isdisjoint(event.id for event in self.events):
+            return self
+        return Piece(tuple(event for event in self.events if event.id not in known))
+
+
+ALIVE = b": still here\n\n"
+
+
 @dataclass(eq=False)
 class Listener:
-    """One stream."""
+    """One stream. Its queue holds pieces, ALIVE, and None at the end."""
 
     account_id: str
     job_id: str | None
-    queue: asyncio.Queue[tuple[int, str, bool] | None] = field(default_factory=lambda: asyncio.Queue(QUEUE))
-
-    def wants(self, event: FeedEvent) -> bool:
-        return event.account_id == self.account_id and self.job_id in (None, event.job_id)
+    queue: asyncio.Queue[Piece | bytes | None] = field(default_factory=lambda: asyncio.Queue(QUEUE))
 
 
-def encode(event: FeedEvent) -> str:
+def encode(event: FeedEvent) -> bytes:
     """As it goes over the wire."""
     data = {"job_id": event.job_id, "at": round(event.at, 3), **event.data}
-    return f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
+    text = f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
+    return text.encode()
 
 
 def ends(event: FeedEvent) -> bool:
@@ -89,14 +112,14 @@ class Tail:
 
     async def listen(
         self, account_id: str, *, job_id: str | None = None, after: int | None = None
-    ) -> AsyncIterator[str]:
+    ) -> AsyncIterator[bytes]:
         """The stream of a listener, from behind event `after` (None: a job's from its beginning, else from now)."""
         if job_id is not None and after is None:
             after = 0
         listener = Listener(account_id, job_id)
         self._add(listener)
         try:
-            yield f"retry: {RETRY_MS}\n\n"
+            yield f"retry: {RETRY_MS}\n\n".encode()
             seen = after or 0
             replayed: set[int] = set()
             while after is not None:
@@ -110,19 +133,18 @@ class Tail:
                 if not rows:
                     break
             while not self._closing:
-                try:
-                    item = await asyncio.wait_for(listener.queue.get(), HEARTBEAT_S)
-                except TimeoutError:
-                    yield ": still here\n\n"
-                    continue
+                item = await listener.queue.get()
                 if item is None:
                     break
-                number, text, is_last = item
-                if number not in replayed:
-                    yield text
-                if is_last and job_id is not None:
+                if isinstance(item, bytes):
+                    yield item
+                    continue
+                piece = item.without(replayed)
+                if piece.events:
+                    yield piece.data
+                if job_id is not None and any(map(ends, item.events)):
                     return
-            yield ": the server stops or you are too slow, come back with Last-Event-ID\n\n"
+            yield b": the server stops or you are too slow, come back with Last-Event-ID\n\n"
         finally:
             self._remove(listener)
 
@@ -149,18 +171,24 @@ class Tail:
         listener.queue.put_nowait(None)
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        alive_at = 0.0
         while True:
             if not self.listeners:
                 self._wake.clear()
                 self._last = 0
                 await self._wake.wait()
+                alive_at = loop.time() + HEARTBEAT_S
             try:
                 events = await edge.on_thread(self._look)
             except sa.exc.OperationalError as e:
                 log.warning("the feed: %s", e.orig)
                 events = []
-            for event in events:
-                self._hand_out(event)
+            self._hand_out(events)
+            if loop.time() >= alive_at:
+                alive_at = loop.time() + HEARTBEAT_S
+                for listener in list(self.listeners):
+                    self._give(listener, ALIVE)
             await asyncio.sleep(LOOK_S)
 
     def _look(self) -> list[FeedEvent]:
@@ -176,14 +204,25 @@ class Tail:
         self._last = max([self._last, *(event.id for event in fresh)])
         return fresh
 
-    def _hand_out(self, event: FeedEvent) -> None:
-        item: tuple[int, str, bool] | None = None
-        everyone = [listener for listener in self.listeners if listener.job_id is None]
-        for listener in (*self._by_job.get(event.job_id, ()), *everyone):
-            if not listener.wants(event):
-                continue
-            item = item or (event.id, encode(event), ends(event))
-            try:
-                listener.queue.put_nowait(item)
-            except asyncio.QueueFull:
-                self._end(listener)
+    def _hand_out(self, events: list[FeedEvent]) -> None:
+        of_job: dict[tuple[str, str], list[FeedEvent]] = {}
+        of_account: dict[str, list[FeedEvent]] = {}
+        for event in events:
+            of_job.setdefault((event.account_id, event.job_id), []).append(event)
+            of_account.setdefault(event.account_id, []).append(event)
+        for (account_id, job_id), mine in of_job.items():
+            piece = Piece(tuple(mine))
+            for listener in self._by_job.get(job_id, ()):
+                if listener.account_id == account_id:
+                    self._give(listener, piece)
+        for account_id, mine in of_account.items():
+            piece = Piece(tuple(mine))
+            for listener in self.listeners:
+                if listener.job_id is None and listener.account_id == account_id:
+                    self._give(listener, piece)
+
+    def _give(self, listener: Listener, item: Piece | bytes) -> None:
+        try:
+            listener.queue.put_nowait(item)
+        except asyncio.QueueFull:
+            self._end(listener)
