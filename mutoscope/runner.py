@@ -55,6 +55,7 @@ class WanRunner:
 
         if settings.threads and device == "cpu":
             torch.set_num_threads(settings.threads)
+        self._threads = torch.get_num_threads()
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as e:
@@ -67,9 +68,11 @@ class WanRunner:
 
     def load(self, manifest: ModelManifest) -> None:
         from mutoscope.engine.pipeline import Models
+        from mutoscope.machine import use_threads
 
         self.release()
         manifest.check_files()
+        use_threads(manifest, self._threads)
         models = Models(manifest, self.device)
         _ = models.dit, models.vae, models.text  # opened now, so that a broken file shows here
         self._models = models

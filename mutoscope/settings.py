@@ -46,7 +46,11 @@ class Settings(BaseModel):
     devices: tuple[str, ...] = Field(
         (), description='One worker each, e.g. "cpu", "cuda:0"; empty: all GPUs, or cpu.'
     )
-    threads: int = Field(0, ge=0, description="Threads of a CPU worker; 0: torch's choice.")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Threads of a CPU worker; 0: torch's choice. Small models, like the starter, use one.",
+    )
     preload: str = Field("pocket", description="Model that workers load at start; empty: none.")
     engine: str = Field(
         "mutoscope.runner:WanRunner", description="What runs jobs; tests put a fake one here."

@@ -33,7 +33,7 @@ from typing import Any
 import sqlalchemy as sa
 from PIL import Image
 
-from mutoscope import __version__
+from mutoscope import __version__, logs
 from mutoscope.errors import (
     Cancelled,
     FileError,
@@ -101,7 +101,7 @@ class _Lease:
     steps: int = 0
     fraction: float = 0.0
     eta_at: float | None = None
-    preview: str | None = None
+    preview: Preview | None = None
     news: bool = True
     written_at: float = 0.0  # monotonic
     step_seconds: list[float] = field(default_factory=list)
@@ -319,7 +319,7 @@ class Worker:
                 lease.at("denoise", BEFORE_SHARE + DENOISE_SHARE * event.i / event.n, self.db.clock() + rest)
                 checkpoint("step")
             elif isinstance(event, Preview):
-                lease.preview = preview_uri(event)
+                lease.preview = event
             elif isinstance(event, Frames):
                 with _writing():
                     delivery.write(event.frames)
@@ -432,7 +432,9 @@ class Worker:
             self._tell(force=True)
             self._beat_at = now
         elif lease is not None:
-            self._mark(lease, valid=self._still_ours(lease), cancel=self._cancel_asked(lease))
+            row = self._row(lease)
+            ours = row is not None and row.state == State.RUNNING and row.fence == lease.job.fence
+            self._mark(lease, valid=ours, cancel=row is not None and row.cancel_asked_at is not None)
             self._tell()
         else:
             self._tell()
@@ -442,10 +444,11 @@ class Worker:
     def _progress(self, lease: _Lease) -> None:
         job, preview = lease.job, lease.preview
         lease.news, lease.preview, lease.written_at = False, None, time.monotonic()
+        picture = None if preview is None else preview_uri(preview)
         with self.db.write() as tx:
             queue.progress(
                 tx, job.id, job.fence, stage=lease.stage, step=lease.step, steps=lease.steps,
-                fraction=lease.fraction, eta_at=lease.eta_at, preview=preview,
+                fraction=lease.fraction, eta_at=lease.eta_at, preview=picture,
             )  # fmt: skip
 
     def _tell(self, *, force: bool = False) -> None:
@@ -462,10 +465,6 @@ class Worker:
         with self.db.read() as tx:
             columns = (jobs.c.state, jobs.c.fence, jobs.c.cancel_asked_at)
             return tx.first(sa.select(*columns).where(jobs.c.id == lease.job.id))
-
-    def _still_ours(self, lease: _Lease) -> bool:
-        row = self._row(lease)
-        return row is not None and row.state == State.RUNNING and row.fence == lease.job.fence
 
     def _cancel_asked(self, lease: _Lease) -> bool:
         row = self._row(lease)
@@ -606,7 +605,7 @@ def main() -> None:
     """`python -m mutoscope.worker DEVICE [ID]`, with the settings as JSON in MUTOSCOPE_SETTINGS_JSON."""
     device, worker_id = (*sys.argv[1:], "", "")[:2]
     settings = Settings.model_validate_json(os.environ["MUTOSCOPE_SETTINGS_JSON"])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logs.configure(as_json=settings.log_json)
     db = Database(settings.database)
     drain: list[Worker] = []
     signal.signal(signal.SIGTERM, lambda *_: [w.drain(settings.drain_s) for w in drain] or sys.exit(0))

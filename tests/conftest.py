@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests run side by side: threads that wait for each other cost most time
+
 import pytest
 
 from tests.tiny import make_tiny_model

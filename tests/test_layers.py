@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "errors": set(),
     "request": set(),
     "events": {"request"},
+    "logs": set(),
     "manifest": {"errors"},
     "media": {"errors", "request"},
     "planning": {"errors", "manifest", "media", "request"},
@@ -43,13 +44,13 @@ MAY_IMPORT = {
         "request",
         "settings",
     },
-    "server": {"direction", "errors", "jobs", "manifest", "media", "prompts", "request", "settings"},
+    "server": {"direction", "errors", "jobs", "logs", "manifest", "media", "prompts", "request", "settings"},
     "fleet": {"errors", "jobs", "settings"},
 }
 """Parts of the package, and which others each may import; parts that are not listed (the edges) may import all."""
 
-WITHOUT_TORCH = ("catalog", "direction", "errors", "events", "fleet", "hub", "jobs", "manifest", "media", "planning",
-                 "prompts", "request", "server", "settings")  # fmt: skip
+WITHOUT_TORCH = ("catalog", "direction", "errors", "events", "fleet", "hub", "jobs", "logs", "manifest", "media",
+                 "planning", "prompts", "request", "server", "settings")  # fmt: skip
 """No torch, and so no engine, however indirectly. `engine.gguf` and its writer do without it too."""
 
 

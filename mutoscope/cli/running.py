@@ -26,6 +26,7 @@ def open_models(manifest: ModelManifest, device: str | None) -> Models:
     import torch
 
     from mutoscope.engine.pipeline import Models
+    from mutoscope.machine import use_threads
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -35,6 +36,7 @@ def open_models(manifest: ModelManifest, device: str | None) -> Models:
             f"--device {chosen}: cannot be used here ({str(e).splitlines()[0]}).",
             hint="mutoscope doctor lists what can.",
         ) from e
+    use_threads(manifest, torch.get_num_threads())
     return Models(manifest, chosen)
 
 

@@ -13,8 +13,8 @@ from types import FrameType
 
 import uvicorn
 
+from mutoscope import logs
 from mutoscope import settings as settings_module
-from mutoscope.server import logs
 from mutoscope.server.app import create_app
 from mutoscope.settings import Settings
 

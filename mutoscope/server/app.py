@@ -11,13 +11,13 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mutoscope import __version__
+from mutoscope import __version__, logs
 from mutoscope.jobs import migrations, webhooks
 from mutoscope.jobs.blobs import Blobs, url_secret
 from mutoscope.jobs.database import Database
 from mutoscope.jobs.errors import InvalidRequest, JobsError, NotFound
 from mutoscope.jobs.service import Service
-from mutoscope.server import api, edge, files, logs, metrics
+from mutoscope.server import api, edge, files, metrics
 from mutoscope.server.background import Loops
 from mutoscope.server.context import Context
 from mutoscope.server.dialects import luma, openai_videos, runway
