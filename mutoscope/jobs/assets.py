@@ -12,7 +12,7 @@ import os
 import shutil
 import unicodedata
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,9 @@ def store(
     hours: float,
     purpose: str = "inline",
     filename: str = "",
+    told: Mapping[str, Any] | None = None,
 ) -> Media:
-    """Keep a checked file for some hours."""
+    """Keep a checked file for some hours. `told`: what the sender says of it, kept in `info` as it is."""
     asset_id = str(uuid.uuid4())
     relative = _place(asset_id, inline.mime)
     path = data_dir / relative
@@ -89,16 +90,25 @@ def store(
         os.fsync(file.fileno())
     part.replace(path)
     values = _ready(inline.probed, hashlib.sha256(inline.data).hexdigest(), relative)
+    if told:
+        values["info"] |= {"told": dict(told)}
     _insert(tx, asset_id, account_id, purpose, filename, hours, **values)
     return Media(asset=asset_id)
 
 
 def open_upload(
-    tx: Tx, account_id: str, *, filename: str = "", purpose: str = "upload", hours: float = 24.0
+    tx: Tx,
+    account_id: str,
+    *,
+    filename: str = "",
+    purpose: str = "upload",
+    hours: float = 24.0,
+    told: Mapping[str, Any] | None = None,
 ) -> Asset:
     """Announce a file; `finish_upload` brings it. The link to send it to is signed by `blobs.Links.upload`."""
     asset_id = str(uuid.uuid4())
-    _insert(tx, asset_id, account_id, purpose, filename, hours, state="pending")
+    info = {"told": dict(told)} if told else {}
+    _insert(tx, asset_id, account_id, purpose, filename, hours, state="pending", info=info)
     return get(tx, account_id, asset_id, states=("pending",))
 
 
@@ -149,6 +159,8 @@ def finish_upload(tx: Tx, asset_id: str, arrived: Arrived, *, data_dir: Path, fi
     path.parent.mkdir(parents=True, exist_ok=True)
     _move(arrived.path, path)
     values = _ready(arrived.probed, arrived.sha256, relative)
+    if "told" in row.info:
+        values["info"] |= {"told": row.info["told"]}
     if filename and not row.filename:
         values["filename"] = display_name(filename)
     tx.run(assets.update().where(assets.c.id == asset_id).values(**values))
@@ -181,16 +193,18 @@ def listing(
     account_id: str,
     *,
     limit: int = 50,
-    before: float | None = None,
+    before: tuple[float, str] | None = None,
     purposes: Sequence[str] = (),
     states: Sequence[str] = ("ready",),
 ) -> list[Asset]:
-    """Files of an account that have not expired, newest first; `before` is the creation time to go on from."""
+    """Files of an account that have not expired, newest first; `before`: created_at and id of the last one seen."""
     query = sa.select(assets).where(
         assets.c.account_id == account_id, assets.c.expires_at > tx.now, assets.c.state.in_(states)
     )
     if before is not None:
-        query = query.where(assets.c.created_at < before)
+        at, last = before
+        later = sa.and_(assets.c.created_at == at, assets.c.id > last)
+        query = query.where(sa.or_(assets.c.created_at < at, later))
     if purposes:
         query = query.where(assets.c.purpose.in_(purposes))
     return [

@@ -20,14 +20,14 @@ from mutoscope.jobs.service import Service
 from mutoscope.server import api, edge, files, metrics
 from mutoscope.server.background import Loops
 from mutoscope.server.context import Context
-from mutoscope.server.dialects import luma, openai_videos, runway
+from mutoscope.server.dialects import luma, luma_agents, openai_videos, runway
 from mutoscope.server.edge import Dialect
 from mutoscope.server.events import Tail
 from mutoscope.settings import Settings
 
 log = logging.getLogger("mutoscope.server")
 
-DIALECTS = (luma, openai_videos, runway)
+DIALECTS = (luma, luma_agents, openai_videos, runway)
 """Modules with PREFIX, DIALECT and router(ctx). The longest prefixes are not hidden by shorter ones."""
 
 

@@ -30,7 +30,7 @@ say("done", { status: done.status, cost: done.cost, outputs: done.output.length 
 const file = await fetch(done.output[0], { headers: { range: "bytes=4-7" } });
 say("downloaded", { status: file.status, text: await file.text() });
 
-const uploaded = await client.uploads.createEphemeral(createReadStream(picture));
+const uploaded = await client.uploads.createEphemeral({ file: createReadStream(picture) });
 say("uploaded", { uri: uploaded.uri });
 const fromUpload = await client.imageToVideo
   .create({ model: "gen4_turbo", promptImage: uploaded.uri, ratio: "1280:720" })

@@ -50,8 +50,8 @@ CREATES: dict[str, Callable[[RunwayML], Any]] = {
         model="act_two", character={"type": "image", "uri": IMAGE}, reference={"type": "video", "uri": CLIP}
     ),
     "video_upscale": lambda c: c.video_upscale.create(model="magnific_video_upscaler_creative", video_uri=CLIP),
-    "video_upscale rate": lambda c: c.video_upscale.create(
-        model="enhance_frame_rate", video_uri=CLIP, target_framerate="60"
+    "video_upscale rate": lambda c: c.video_upscale.create(  # 5.13.0 does not know the argument
+        model="enhance_frame_rate", video_uri=CLIP, extra_body={"targetFramerate": "60"}
     ),
     "image_upscale": lambda c: c.image_upscale.create(model="magnific_precision_upscaler_v2", image_uri=IMAGE),
     "video_to_hdr": lambda c: c.video_to_hdr.create(model="ruby", video_uri=CLIP, output_format="hlg"),
