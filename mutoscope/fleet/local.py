@@ -42,6 +42,8 @@ WATCH_S = 0.5
 KILL_AFTER_S = 5.0
 """What a process that was asked to end gets beyond `settings.drain_s`."""
 FIRST_DELAY_S, MAX_DELAY_S = 0.25, 30.0
+BUSY_DELAY_S = 5.0
+"""The longest delay of a worker that came up and died over a job: others wait, and a job has only so many crashes."""
 STEADY_S = 20.0
 """A process that lived that long is restarted at once, and its earlier failures are forgotten."""
 BACKLOG = 2048
@@ -217,14 +219,18 @@ class Supervisor:
                     how,
                     f": {child.killed_for}" if child.killed_for else "",
                 )
-            if child.is_worker:
-                self._bury(child, how)
-            child.failures = 0 if lived >= STEADY_S else child.failures + 1
-            delay = min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (child.failures - 1)) if child.failures else 0.0
+            came_up, made_one = self._bury(child, how) if child.is_worker else (False, False)
+            child.failures = 0 if made_one or lived >= STEADY_S else child.failures + 1
+            most = BUSY_DELAY_S if came_up else MAX_DELAY_S
+            delay = min(most, FIRST_DELAY_S * 2 ** (child.failures - 1)) if child.failures else 0.0
             child.start_at = time.monotonic() + delay
 
-    def _bury(self, child: Child, how: str) -> None:
+    def _bury(self, child: Child, how: str) -> tuple[bool, bool]:
+        """Give back the job of a worker that is gone. Whether it had come up, and whether it has made a job."""
+        found = False, False
         try:
+            with self.db.read() as tx:
+                found = workers.record(tx, child.id)
             lose_jobs_of(
                 self.db,
                 child.id,
@@ -234,6 +240,7 @@ class Supervisor:
             )
         except sa.exc.OperationalError as e:  # the lease will run out
             log.warning("the job of %s could not be given back: %s", child.name, e.orig)
+        return found
 
     # -- what hangs ------------------------------------------------------------------------------------------
 

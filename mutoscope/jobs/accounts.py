@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
-from mutoscope.jobs import ledger, plans
+from mutoscope.jobs import ledger, plans, queue
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthorized
 from mutoscope.jobs.model import Account, Caller, new_id, new_secret
@@ -118,6 +118,7 @@ def change(
         values["disabled_at"] = (account.disabled_at or tx.now) if disabled else None
     if values:
         tx.run(sa.update(accounts).where(accounts.c.id == account_id).values(values))
+        queue.admit(tx, account_id)  # there may be more slots now
     return get(tx, account_id)
 
 

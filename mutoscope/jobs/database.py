@@ -42,7 +42,7 @@ class Tx:
         return self.conn.execute(statement, values).scalar()
 
     def run(self, statement: sa.Executable, **values: Any) -> int:
-        """Rows changed."""
+        """Rows that an UPDATE or DELETE changed. Of an INSERT not every driver tells: ask with RETURNING."""
         return int(self.conn.execute(statement, values).rowcount)
 
     @property

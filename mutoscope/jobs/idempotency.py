@@ -47,7 +47,8 @@ def begin(tx: Tx, account_id: str, key: str, route: str, body_hash: str) -> Stor
     values: dict[str, Any] = {"account_id": account_id, "key": key, "route": route, "body_hash": body_hash}
     values |= {"created_at": tx.now, "status": 0, "headers": {}, "body": ""}
     insert = sqlite.insert if tx.is_sqlite else postgresql.insert
-    if tx.run(insert(idempotency).values(values).on_conflict_do_nothing()):
+    mine = insert(idempotency).values(values).on_conflict_do_nothing().returning(idempotency.c.key)
+    if tx.first(mine) is not None:
         return None
     row = tx.first(
         sa.select(idempotency).where(idempotency.c.account_id == account_id, idempotency.c.key == key)

@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Row
 
-from mutoscope.jobs import batches, feed, ledger, outbox, plans
+from mutoscope.jobs import batches, eta, feed, ledger, outbox, plans, router
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import Conflict, NotFound
 from mutoscope.jobs.model import (
@@ -38,6 +38,7 @@ from mutoscope.jobs.scheduling import (
     affinity,
     give_back,
     in_state,
+    round_length,
     tags_at,
     virtual_time,
 )
@@ -344,7 +345,8 @@ def lose(
 
 
 def reroute(tx: Tx, job_id: str, fence: int, why: str) -> Job | None:
-    """The model cannot do it: the next candidate gets the job, with fresh attempts.
+    """The model cannot do it: the next candidate gets the job, with fresh attempts, and with the sizes and the price
+    that the router's decision has for it.
 
     Raises:
         Conflict: there is no candidate left; `fail` it.
@@ -356,8 +358,14 @@ def reroute(tx: Tx, job_id: str, fence: int, why: str) -> Job | None:
     if not job.candidates:
         raise Conflict(f"Job {job_id} has no other model to go to.")
     model, *rest = job.candidates
-    place = tags_at(_vtime(tx, job), affinity(model, job.resolved))
-    values = {"model": model, "candidates": rest, "crashes": 0, **_WAIT, **vars(place)}
+    values: dict[str, Any] = {"model": model, "candidates": rest, "crashes": 0, **_WAIT}
+    resolved, other = job.resolved, router.alternative(tx, job_id, model)
+    if other is not None:  # its own sizes, steps and price; the seed stays, and it never costs more
+        resolved = replace(other.resolved, seed=resolved.seed)
+        values |= {"resolved": asdict(resolved), "cost": min(job.cost, other.cost)}
+        values["estimate_s"] = eta.estimate(tx, model, None, resolved).seconds
+    length = round_length(tx, values.get("estimate_s", job.estimate_s))
+    values |= vars(tags_at(_vtime(tx, job), affinity(model, resolved), length))
     return _move(tx, JobEvent.REROUTE, values, *mine, note=f"{job.model}: {why}")
 
 
@@ -420,9 +428,10 @@ def admit(tx: Tx, account_id: str) -> int:
     waiting = sa.select(jobs).where(jobs.c.account_id == account_id, jobs.c.state == State.THROTTLED)
     rows = tx.all(waiting.order_by(jobs.c.seq).limit(min(free, 1000))) if free > 0 else ()
     now = virtual_time(tx) if rows else 0.0
+    length = round_length(tx, rows[0].estimate_s) if rows else 1
     for row in rows:
         job = from_row(row)
-        place = tags_at(max(row.vtime, now), affinity(job.model, job.resolved))
+        place = tags_at(max(row.vtime, now), affinity(job.model, job.resolved), length)
         _move(tx, JobEvent.ADMIT, vars(place), jobs.c.id == job.id)
     return len(rows)
 
@@ -435,7 +444,8 @@ def _vtime(tx: Tx, job: Job) -> float:
 
 
 def _lease(tx: Tx, job_id: str, fence: int | None) -> tuple[sa.ColumnElement[bool], ...]:
-    """Conditions for a job under this lease (None: whatever its lease).
+    """Conditions for a job that runs under this lease (None: whatever its state and lease). A job that went back to the
+    queue still has the fence of the lease that it lost, until the next claim: that is why it has to be running.
 
     On PostgreSQL its account's row is held from here on. Everybody takes first the account, then jobs, then the batch:
     so nobody waits in a circle, and slots are counted by one at a time.
@@ -444,7 +454,7 @@ def _lease(tx: Tx, job_id: str, fence: int | None) -> tuple[sa.ColumnElement[boo
         owner = sa.select(jobs.c.account_id).where(jobs.c.id == job_id).scalar_subquery()
         tx.first(sa.select(accounts.c.id).where(accounts.c.id == owner).with_for_update(key_share=True))
     mine = jobs.c.id == job_id
-    return (mine,) if fence is None else (mine, jobs.c.fence == fence)
+    return (mine,) if fence is None else (mine, RUNNING, jobs.c.fence == fence)
 
 
 def _move(

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from mutoscope.jobs.database import Tx
-from mutoscope.jobs.schema import workers
+from mutoscope.jobs.model import State
+from mutoscope.jobs.scheduling import RUNNING
+from mutoscope.jobs.schema import jobs, workers
 
 KEEP_GONE_S = 24 * 3600.0
 """Rows of workers that ended are kept that long."""
@@ -50,6 +52,17 @@ def gone(tx: Tx, worker_id: str) -> None:
     """The worker's process has ended."""
     row = sa.update(workers).where(workers.c.id == worker_id)
     tx.run(row.values(state="gone", job_id=None, model=""))
+
+
+def record(tx: Tx, worker_id: str) -> tuple[bool, bool]:
+    """Of a worker that has died, before its job is given back: had it come up, and has it made a job?"""
+    row = tx.first(sa.select(workers.c.state, workers.c.started_at).where(workers.c.id == worker_id))
+    if row is None:
+        return False, False
+    mine = sa.select(jobs.c.seq).where(jobs.c.worker_id == worker_id).limit(1)
+    running = mine.where(RUNNING)  # it may die over its first job before it has told that it is busy
+    made = mine.where(jobs.c.finished_at >= row.started_at, jobs.c.state == State.SUCCEEDED)
+    return row.state != "starting" or tx.first(running) is not None, tx.first(made) is not None
 
 
 def listing(tx: Tx, *, alive: bool = True) -> list[WorkerRow]:

@@ -84,6 +84,7 @@ class Serving(House):
     def start(self) -> None:
         """Start it, and wait for its worker. The first time, its account gets credits."""
         first = not (self.settings.data_dir / "mutoscope.db").exists()
+        self._finish_reading()
         self.log = (self.settings.data_dir.parent / "serve.log").open("a")
         self.process = subprocess.Popen(
             self.command(), cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=self.log, text=True
@@ -94,6 +95,13 @@ class Serving(House):
         if first:
             with self.db.write() as tx:
                 ledger.grant(tx, "default", 1_000_000)
+
+    def _finish_reading(self) -> None:
+        """What an earlier process has left to read, and its log."""
+        if self.reader is not None:
+            self.reader.join()
+        if self.log is not None:
+            self.log.close()
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -181,10 +189,7 @@ class Serving(House):
         super().end()
         if self.process is not None:
             self.kill()
-        if self.reader is not None:
-            self.reader.join()
-        if self.log is not None:
-            self.log.close()
+        self._finish_reading()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from mutoscope.jobs import feed, ledger, queue
 from mutoscope.jobs.database import Database, Tx
 from mutoscope.jobs.errors import Conflict, NotFound
-from mutoscope.jobs.model import TERMINAL, TRANSITIONS, Failure, Job, JobEvent, State
+from mutoscope.jobs.model import TERMINAL, TRANSITIONS, WAITING, Failure, Job, JobEvent, State
 from mutoscope.jobs.schema import jobs
 from mutoscope.settings import Settings
 from tests.service.databases import Clock
@@ -42,14 +42,21 @@ def job_in(tx: Tx, state: State) -> Job:
     return queue.get(tx, made.id)
 
 
+def fence_of(job: Job) -> int | None:
+    """What fails a waiting job is the house, which names no lease."""
+    return None if job.state in WAITING else job.fence
+
+
 EVENTS: dict[JobEvent, Callable[[Tx, Job], object]] = {
     JobEvent.ADMIT: lambda tx, job: queue.admit(tx, job.account_id),
     JobEvent.CLAIM: lambda tx, job: queue.claim(tx, "w2", ("pocket", "other"), "cpu"),
     JobEvent.SUCCEED: lambda tx, job: queue.succeed(tx, job.id, job.fence, [output(job)], {}),
-    JobEvent.FAIL: lambda tx, job: queue.fail(tx, job.id, job.fence, Failure.OUT_OF_MEMORY, "too large"),
+    JobEvent.FAIL: lambda tx, job: queue.fail(tx, job.id, fence_of(job), Failure.OUT_OF_MEMORY, "too large"),
     JobEvent.LOSE: lambda tx, job: queue.lose(tx, job.id, job.fence, "gone"),
     JobEvent.REROUTE: lambda tx, job: queue.reroute(tx, job.id, job.fence, "cannot load"),
-    JobEvent.CANCEL: lambda tx, job: queue.cancelled(tx, job.id, job.fence),
+    JobEvent.CANCEL: lambda tx, job: (
+        queue.cancel(tx, job.id) if job.state in WAITING else queue.cancelled(tx, job.id, job.fence)
+    ),
 }
 
 
@@ -154,6 +161,22 @@ def test_writes_of_an_old_lease_change_nothing(db: Database, account: str) -> No
         assert queue.reroute(tx, old.id, old.fence, "again") is None
         assert queue.get(tx, new.id) == new
         assert feed.last_id(tx) == told
+
+
+def test_a_worker_that_lost_its_job_to_the_queue_cannot_end_it(db: Database, account: str) -> None:
+    """Until the next claim the job has the fence of the lost lease."""
+    with db.write() as tx:
+        add_job(tx)
+        old = claimed(tx)
+        waiting = queue.lose(tx, old.id, old.fence, "it froze")
+        assert waiting is not None
+        assert (waiting.state, waiting.fence) == (State.QUEUED, old.fence)
+        assert queue.fail(tx, old.id, old.fence, Failure.INTERNAL, "") is None
+        assert queue.cancelled(tx, old.id, old.fence) is None
+        assert queue.succeed(tx, old.id, old.fence, [output(old)], {}) is None
+        assert queue.lose(tx, old.id, old.fence, "again") is None
+        assert not queue.beat(tx, "w1", old.id, old.fence).valid
+        assert queue.get(tx, old.id) == waiting
 
 
 def test_beats_prolong_a_lease_and_bring_cancels(db: Database, account: str, clock: Clock) -> None:
