@@ -11,7 +11,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -55,6 +55,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but th
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).", show_default=False),
+]
+
+Precision = Annotated[
+    Literal["auto", "exact", "bf16", "int8"],
+    typer.Option(help="How layers compute: exact is float32, auto the fastest that stays close to it."),
 ]
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mutoscope.engine.pipeline import Models
 
 
-def open_models(manifest: ModelManifest, device: str | None) -> Models:
+def open_models(manifest: ModelManifest, device: str | None, precision: str = "auto") -> Models:
     """Opens nothing yet; but importing the engine takes a second."""
     import torch
 
@@ -37,7 +37,7 @@ def open_models(manifest: ModelManifest, device: str | None) -> Models:
             hint="mutoscope doctor lists what can.",
         ) from e
     use_threads(manifest, torch.get_num_threads())
-    return Models(manifest, chosen)
+    return Models(manifest, chosen, precision)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,28 @@
-"""Softmax attention on [B, L, H, D] tensors."""
+"""Softmax attention on [B, L, H, D] tensors.
+
+On CPUs in bfloat16 long sequences are worked through in blocks of queries: product, softmax, product, each by the
+library's best kernel, on logits that stay in the cache. `scaled_dot_product_attention` leaves most of the machine
+unused there (docs/performance.md). Memory grows with the number of tokens, not with its square: one block of logits.
+
+Logits of the blocked path are rounded to bfloat16, sums and maxima are float32. What all keys have in common shifts
+all logits of a query alike, so the mean key is subtracted first: trained keys share a large part, and smaller logits
+lose less to rounding.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+MIN_LOGITS = 1 << 16
+"""Queries times keys per head from which blocks are worth their overhead."""
+BLOCK_LOGITS = 1 << 20
+"""Logits of one block, 2 MiB in bfloat16."""
+BLOCK_QUERIES = (64, 512)
+"""Fewest and most queries of a block: the products need some height, the softmax some cache."""
 
 
 def attend(
@@ -13,12 +32,64 @@ def attend(
 
     `bias` is added to the logits and must broadcast to [B, H, L, S]. Returns [B, L, H, D].
     """
+    scale = q_BLHD.shape[-1] ** -0.5 if scale is None else scale
+    if _blocks_are_faster(q_BLHD, k_BSHD):
+        return attend_in_blocks(q_BLHD, k_BSHD, v_BSHD, bias, scale)
     q, k, v = q_BLHD.transpose(1, 2), k_BSHD.transpose(1, 2), v_BSHD.transpose(1, 2)
     if q.requires_grad and q.device.type == "cpu":
         # Training: the fused kernel's backward is 3 to 20 times slower than plain products there.
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         logits = ((q * scale) @ k.mT).float()
         weights = (logits if bias is None else logits + bias).softmax(-1)
         return (weights.to(v.dtype) @ v).transpose(1, 2)
     mask = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def _blocks_are_faster(q_BLHD: Tensor, k_BSHD: Tensor) -> bool:
+    return (
+        q_BLHD.dtype == torch.bfloat16
+        and q_BLHD.device.type == "cpu"
+        and not q_BLHD.requires_grad
+        and not torch.compiler.is_compiling()
+        and q_BLHD.shape[1] * k_BSHD.shape[1] >= MIN_LOGITS
+    )
+
+
+def attend_in_blocks(
+    q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """`attend` for inference: one head and one block of queries at a time, all keys at once."""
+    (n_batch, n, n_heads, _), n_keys = q_BLHD.shape, k_BSHD.shape[1]
+    q, k = _scaled(q_BLHD, k_BSHD, scale)
+    if bias is not None:
+        bias = bias.to(q.dtype).expand(n_batch, n_heads, -1, n_keys)
+    fewest, most = BLOCK_QUERIES
+    step = min(max(BLOCK_LOGITS // n_keys // fewest * fewest, fewest), most, n)
+    logits = q.new_empty(step * n_keys)
+    weights = q.new_empty(step * n_keys)
+    out = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    for b in range(n_batch):
+        for h in range(n_heads):
+            keys_DS, values_SD = k[b, :, h].T, v_BSHD[b, :, h]
+            for start in range(0, n, step):
+                rows = slice(start, min(start + step, n))
+                count = rows.stop - start
+                logits_LS = logits[: count * n_keys].view(count, n_keys)
+                weights_LS = weights[: count * n_keys].view(count, n_keys)
+                torch.mm(q[b, rows, h], keys_DS, out=logits_LS)
+                if bias is not None:
+                    logits_LS.add_(bias[b, h, rows if bias.shape[2] > 1 else slice(None)])
+                torch.softmax(logits_LS, -1, out=weights_LS)
+                torch.mm(weights_LS, values_SD, out=out[b, rows, h])
+    return out
+
+
+def _scaled(q_BLHD: Tensor, k_BSHD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q and k whose product is the scaled logits less a constant per query.
+
+    The power of two within `scale` goes to q, which costs no precision; the rest to k, which is rounded anyway.
+    """
+    mantissa, exponent = math.frexp(scale)
+    keys = k_BSHD.float()
+    keys = keys.sub_(keys.mean(dim=1, keepdim=True)).mul_(2 * mantissa).to(k_BSHD.dtype)
+    return q_BLHD * 2.0 ** (exponent - 1), keys

@@ -11,9 +11,10 @@ not know which. Inference only: the next layer overwrites the shared buffer, so 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,17 +58,47 @@ class Packed:
         return Packed(self.data.to(device), self.type_id, self.shape)
 
 
+class Shared:
+    """Activations that go into several layers; what one of them makes of these is kept for the others."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self._made: dict[str, Any] = {}
+
+    def made(self, what: str, make: Callable[[Tensor], Any]) -> Any:
+        """`make(x)`, once under this name."""
+        if what not in self._made:
+            self._made[what] = make(self.x)
+        return self._made[what]
+
+
+def shared(x: Tensor, *layers: nn.Module) -> Tensor | Shared:
+    """`x` to be given to all these layers in turn. It must not be changed in between."""
+    return Shared(x) if all(isinstance(layer, QuantLinear) for layer in layers) else x
+
+
 class Precision(Protocol):
     """How the product of activations and a packed weight is computed."""
+
+    dtype: torch.dtype
+    """What attention should compute in beside it."""
 
     def admit(self, weight: Packed) -> None:
         """Called once for every weight that will be used, before the first product."""
 
-    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
-        """x [..., K] with a weight [N, K] and float32 bias [N] to [..., N]; then, if asked, GELU (tanh) of it."""
+    def linear(
+        self, x: Tensor | Shared, weight: Packed, bias: Tensor | None, *, gelu: bool = False
+    ) -> Tensor:
+        """x [..., K] with a weight [N, K] and float32 bias [N] to [..., N]; then, if asked, GELU (tanh) of it.
+
+        The result is of `dtype` or, where that costs nothing, float32.
+        """
 
     def fuses_gelu(self, device: torch.device) -> bool:
         """Whether GELU comes with the product at little or no cost."""
+
+    def rows_at_once(self, n_out: int) -> int:
+        """With how many rows a layer of that width is fastest, if no slower than with all; 0: all."""
 
 
 class Unpacked:
@@ -82,9 +113,12 @@ class Unpacked:
         if not weight.is_plain(self.dtype):
             self.buffer_numel = max(self.buffer_numel, weight.numel)
 
-    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    def linear(
+        self, x: Tensor | Shared, weight: Packed, bias: Tensor | None, *, gelu: bool = False
+    ) -> Tensor:
         w = weight.values(self.dtype, self._buffer(weight.data.device))
-        x, b = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        x = x.made(str(self.dtype), self._convert) if isinstance(x, Shared) else x.to(self.dtype)
+        b = None if bias is None else bias.to(self.dtype)
         if self.fuses_gelu(w.device):
             return _linear_pointwise(x, w, b, gelu)
         y = F.linear(x, w, b)
@@ -92,6 +126,12 @@ class Unpacked:
 
     def fuses_gelu(self, device: torch.device) -> bool:
         return device.type == "cpu" and self.dtype == torch.bfloat16 and _has_linear_pointwise()
+
+    def rows_at_once(self, n_out: int) -> int:
+        return 0  # every part would unpack the weight again
+
+    def _convert(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
 
     def _buffer(self, device: torch.device) -> Tensor:
         """Made at the first use, for the largest weight admitted; touched only as far as a weight reaches."""
@@ -136,7 +176,17 @@ class QuantLinear(nn.Module):
     def fuses_gelu(self) -> bool:
         return self.precision.fuses_gelu(self.packed.device)
 
-    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+    @property
+    def rows_at_once(self) -> int:
+        """With how many rows it is fastest, where it is as fast with these as with all; 0: all."""
+        return self.precision.rows_at_once(self.out_features)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What attention between such layers should compute in."""
+        return self.precision.dtype
+
+    def forward(self, x: Tensor | Shared, *, gelu: bool = False) -> Tensor:
         return self.precision.linear(x, self.weight, self.bias, gelu=gelu)
 
     def extra_repr(self) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mutoscope.catalog import find_model
 from mutoscope.engine import conditioning, latents, memory, sampler, tiling, weights
+from mutoscope.engine.precision import checked, compute_dtype
 from mutoscope.engine.tokenizer import Tokenizer, clean_text
 from mutoscope.engine.umt5 import UMT5Encoder
 from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE
@@ -42,31 +43,36 @@ PREVIEW_STEPS = 5
 
 
 class Models:
-    """The three networks of a model set, opened when first needed and kept. Weights stay in their mapped files."""
+    """The three networks of a model set, opened when first needed and kept. Weights stay in their mapped files.
 
-    def __init__(
-        self, manifest: ModelManifest, device: str = "cpu", dtype: torch.dtype | None = None
-    ) -> None:
+    precision: see `precision.py`.
+    """
+
+    def __init__(self, manifest: ModelManifest, device: str = "cpu", precision: str = "auto") -> None:
         self.manifest = manifest
         self.device = torch.device(device)
-        self.dtype = dtype
+        self.precision = checked(precision)
         self._rows: dict[str, Tensor] = {}
 
     @cached_property
     def text(self) -> tuple[UMT5Encoder, Tokenizer]:
         path = self.manifest.files.text_encoder.path
-        encoder, metadata = weights.load_umt5(path, device=self.device, compute_dtype=self.dtype)
+        encoder, metadata = weights.load_umt5(path, device=self.device, compute_dtype=self._dtype)
         return encoder, Tokenizer.from_metadata(metadata)
 
     @cached_property
     def dit(self) -> WanModel:
         files = self.manifest.files
         paths = [files.dit.path, *(extra.path for extra in files.dit_extra)]
-        return weights.load_wan(paths, device=self.device, compute_dtype=self.dtype)
+        return weights.load_wan(paths, device=self.device, precision=self.precision)
 
     @cached_property
     def vae(self) -> WanVAE:
-        return weights.load_vae(self.manifest.files.vae.path, device=self.device, compute_dtype=self.dtype)
+        return weights.load_vae(self.manifest.files.vae.path, device=self.device, compute_dtype=self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return compute_dtype(self.precision, self.device)
 
     def text_rows(self, prompt: str) -> Tensor:
         """The encoder's rows of a prompt, [1, L, E]; only its real tokens. The last few prompts are remembered."""
@@ -295,14 +301,19 @@ class Engine:
     """A model, ready to make videos.
 
     model: "pocket" (built in), an installed model's name, or the path of a model.toml. device: "cpu", "cuda", ... ;
-    None takes a GPU if there is one.
+    None takes a GPU if there is one. precision: "auto", "exact", "bf16" or "int8" (see `precision.py`).
     """
 
     def __init__(
-        self, model: str | Path = "pocket", *, device: str | None = None, models_dir: Path | None = None
+        self,
+        model: str | Path = "pocket",
+        *,
+        device: str | None = None,
+        precision: str = "auto",
+        models_dir: Path | None = None,
     ) -> None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.models = Models(find_model(model, models_dir), device)
+        self.models = Models(find_model(model, models_dir), device, precision)
 
     def plan(self, request: GenerationRequest) -> GenerationRequest:
         """The request as it will run: see `planning.plan`."""

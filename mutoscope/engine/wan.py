@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutoscope.engine.attention import attend
+from mutoscope.engine.linear import Shared, shared
 from mutoscope.errors import WeightError
 
 DEFAULT_HEAD_DIM = 128
@@ -258,6 +259,12 @@ def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(layer(x), approximate="tanh")
 
 
+def _computed(layer: nn.Module, x: Tensor | Shared) -> Tensor:
+    """layer(x) in the dtype that attention should have."""
+    y = layer(x)
+    return y.to(getattr(layer, "compute_dtype", y.dtype))
+
+
 class SelfAttention(nn.Module):
     def __init__(self, dim: int, n_heads: int, eps: float) -> None:
         super().__init__()
@@ -267,10 +274,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         heads = (self.n_heads, -1)
-        v = self.v(x).unflatten(-1, heads)
-        x = x.to(v.dtype)  # once for q and k
-        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope).to(v.dtype)
-        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope).to(v.dtype)
+        x_all = shared(x, self.q, self.k, self.v)
+        v = _computed(self.v, x_all).unflatten(-1, heads)
+        q = apply_rope(self.norm_q(self.q(x_all)).unflatten(-1, heads), rope).to(v.dtype)
+        k = apply_rope(self.norm_k(self.k(x_all)).unflatten(-1, heads), rope).to(v.dtype)
         return self.o(attend(q, k, v).flatten(-2))
 
 
@@ -283,7 +290,7 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, text_BSD: Tensor) -> tuple[Tensor, Tensor]:
         heads = (self.n_heads, -1)
-        v = self.v(text_BSD).unflatten(-1, heads)
+        v = _computed(self.v, text_BSD).unflatten(-1, heads)
         return self.norm_k(self.k(text_BSD)).unflatten(-1, heads).to(v.dtype), v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -311,8 +318,15 @@ class Block(nn.Module):
         )
         x = add_gated(x, self.self_attn(modulated_norm(x, scale_a, shift_a, self.eps), rope), gate_a)
         x = add_gated(x, self.cross_attn(self.norm3(x), k, v, bias), 1.0)
-        y = self.ffn["2"](gelu_of(self.ffn["0"], modulated_norm(x, scale_f, shift_f, self.eps)))
-        return add_gated(x, y, gate_f)
+        for part in self._ffn_parts(x):
+            y = modulated_norm(part, scale_f, shift_f, self.eps)
+            y = add_gated(part, self.ffn["2"](gelu_of(self.ffn["0"], y)), gate_f)
+        return x if y.data_ptr() == part.data_ptr() else y
+
+    def _ffn_parts(self, x: Tensor) -> Sequence[Tensor]:
+        """The stream in runs of tokens, where that is faster: the wide layer's results then stay in the cache."""
+        rows = getattr(self.ffn["0"], "rows_at_once", 0)
+        return x.split(max(1, rows // x.shape[0]), dim=1) if rows and _may_overwrite() else (x,)
 
 
 class VaceBlock(Block):

@@ -43,6 +43,7 @@ from mutoscope.engine.linear import (
     Unpacked,
     default_compute_dtype,
 )
+from mutoscope.engine.precision import PrecisionName, chooser
 from mutoscope.engine.quants import as_tensor
 from mutoscope.errors import FileError, WeightError
 
@@ -278,7 +279,7 @@ def _parameter(values: Tensor, device: torch.device) -> nn.Parameter:
 
 
 def _fill(
-    model: nn.Module, supply: _Supply, device: torch.device, precision_of: Callable[[str], Precision]
+    model: nn.Module, supply: _Supply, device: torch.device, precision_of: Callable[[str, Packed], Precision]
 ) -> None:
     """Give every layer of a meta-device model its weights: packed where large, float32 elsewhere."""
 
@@ -290,7 +291,7 @@ def _fill(
         if isinstance(module, nn.Linear):
             weight = supply.take(f"{path}.weight", module.weight.shape).to(device)
             bias = None if module.bias is None else small(f"{path}.bias", module.bias.shape).data
-            model.set_submodule(path, QuantLinear(weight, bias, precision_of(path)))
+            model.set_submodule(path, QuantLinear(weight, bias, precision_of(path, weight)))
         elif isinstance(module, nn.Embedding):
             model.set_submodule(path, QuantEmbedding(supply.take(f"{path}.weight", module.weight.shape)))
         else:
@@ -305,11 +306,12 @@ def load_wan(
     *,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | None = None,
+    precision: PrecisionName = "auto",
 ) -> wan.WanModel:
     """The diffusion transformer of one file, several shards, or a base file with VACE modules on top.
 
-    Linear weights stay packed and run in `compute_dtype` (default: `default_compute_dtype`), except the parts
-    that `WanModel.FLOAT32` lists; all else is float32.
+    Linear weights stay packed and run as `precision` says, or all in `compute_dtype` if that is given, except the
+    parts that `WanModel.FLOAT32` lists; all else is float32.
 
     Raises:
         WeightError: the tensors do not make up a Wan 2.1 model.
@@ -332,9 +334,7 @@ def load_wan(
     supply.arch = "wan_vace" if config.vace_layers else "wan_t2v"
     with torch.device("meta"):
         model = wan.WanModel(config)
-    main = Unpacked(compute_dtype or default_compute_dtype(device))
-    exact = main if main.dtype == torch.float32 else Unpacked(torch.float32)
-    _fill(model, supply, device, lambda path: exact if path.split(".")[0] in model.FLOAT32 else main)
+    _fill(model, supply, device, chooser(compute_dtype or precision, device))
     return model
 
 
@@ -353,7 +353,7 @@ def load_umt5(
     with torch.device("meta"):
         model = umt5.UMT5Encoder(config)
     precision = Unpacked(compute_dtype or default_compute_dtype(device))
-    _fill(model, supply, device, lambda path: precision)
+    _fill(model, supply, device, lambda path, weight: precision)
     return model, source.metadata
 
 
