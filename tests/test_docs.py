@@ -41,6 +41,8 @@ def test_ci_runs_the_readmes_test_command_and_nothing_else() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
 def test_the_library_examples_run(page: str, tmp_path: Path) -> None:
     for snippet in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        if "base_url" in snippet:  # talks to the service: tests/service/contract/test_snippets.py runs it
+            continue
         subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, timeout=200)
     assert (tmp_path / "ball.mp4").stat().st_size > 1000
 

@@ -116,7 +116,10 @@ def _from_form(form: FormData) -> dict[str, Any]:
         if name == "confirm":
             options[name] = value == "true"
         elif name == "metadata" and isinstance(value, str):
-            options[name] = json.loads(value)
+            try:
+                options[name] = json.loads(value)
+            except ValueError as e:
+                raise InvalidRequest(f"metadata: is not JSON: {e}.", field="metadata") from e
         else:
             options[name] = value
     return options

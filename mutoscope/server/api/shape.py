@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -86,7 +87,7 @@ def integer(request: Request, name: str, default: int, low: int, high: int) -> i
     text = request.query_params.get(name)
     if text is None:
         return default
-    if not text.lstrip("-").isdigit() or not low <= int(text[:12]) <= high:
+    if not re.fullmatch(r"-?[0-9]+", text) or not low <= int(text[:12]) <= high:
         raise InvalidRequest(f"{name} = {text!r:.40}, expected {low} to {high}.", field=name)
     return int(text)
 

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -97,9 +97,9 @@ class House:
 
 
 @contextlib.contextmanager
-def listening(house: House) -> Iterator[str]:
-    """The app on a free port of this machine; its URL."""
-    config = uvicorn.Config(house.app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+def listening(house: House, *, lifespan: Literal["on", "off"] = "off") -> Iterator[str]:
+    """The app on a free port of this machine; its URL. Its lifespan is that of `house.http`, or this one's ("on")."""
+    config = uvicorn.Config(house.app, host="127.0.0.1", port=0, log_level="warning", lifespan=lifespan)
     server = uvicorn.Server(config)
     ready = threading.Event()
     startup = server.startup
