@@ -106,11 +106,22 @@ class _Lease:
     written_at: float = 0.0  # monotonic
     step_seconds: list[float] = field(default_factory=list)
     load_s: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)  # seconds in each so far
+    stage_at: float = field(default_factory=time.monotonic)
 
     def at(self, stage: str, fraction: float, eta_at: float | None = None) -> None:
+        if stage != self.stage:
+            self.times()
         self.stage, self.fraction = stage, max(self.fraction, min(fraction, 0.999))
         self.eta_at = eta_at or self.eta_at
         self.news = True
+
+    def times(self) -> dict[str, float]:
+        """Seconds in each stage, the current one up to now."""
+        now = time.monotonic()
+        self.stages[self.stage] = self.stages.get(self.stage, 0.0) + now - self.stage_at
+        self.stage_at = now
+        return {stage: round(seconds, 3) for stage, seconds in self.stages.items()}
 
 
 class Worker:
@@ -209,9 +220,8 @@ class Worker:
             except OSError as e:
                 raise _Unwritten from e
             took = time.monotonic() - started
-            self._succeed(
-                lease, final, outputs, {**result, "took_s": round(took, 3), "device": self.device}, took
-            )
+            facts = {"took_s": round(took, 3), "device": self.device, "stages": lease.times()}
+            self._succeed(lease, final, outputs, {**result, **facts}, took)
         except _Stop as e:
             _remove(part)
             self._stopped(lease, e.why)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mutoscope import __version__
+from mutoscope import __version__, logs
 from mutoscope.cli.common import Debug, say
 from mutoscope.errors import RequestError
 
@@ -75,7 +75,7 @@ def serve(
     lock = ServeLock(settings)
     listener = listen(settings.host, settings.port)
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    logs.configure(as_json=settings.log_json, level=logging.WARNING)
     db, secret = open_service(settings)
     devices = settings.devices or all_devices()
     supervisor = Supervisor(settings, db, listener, devices)
@@ -121,7 +121,7 @@ def worker(
 
     settings = load(config, {"data_dir": data_dir})
     settings = settings.model_copy(update={"data_dir": settings.data_dir.absolute()})
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logs.configure(as_json=settings.log_json)
     chosen = device or (settings.devices or all_devices())[0]
     db = Database(settings.database)
     bury(db)

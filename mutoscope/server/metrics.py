@@ -19,11 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mutoscope import __version__
 from mutoscope.jobs import eta, migrations, queue, workers
 from mutoscope.jobs.database import Tx
-from mutoscope.jobs.model import TERMINAL
+from mutoscope.jobs.model import TERMINAL, State
 from mutoscope.jobs.schema import deliveries, jobs
 from mutoscope.server import edge
 from mutoscope.server.context import Context
 
+STAGES = ("inputs", "load", "text", "conditioning", "denoise", "decode", "save")
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _http = Histogram(
     "mutoscope_http_seconds", "Time to the first byte of an answer.", ("method", "route", "status"),
@@ -83,6 +84,15 @@ def _from_database(tx: Tx) -> Iterator[Metric]:
         device.add_metric([model], float(on_device or 0.0))
         waits.add_metric([model], float(in_queue or 0.0))
     yield from (device, waits)
+    stages = CounterMetricFamily(
+        "mutoscope_stage_seconds", "Time of finished jobs in each stage.", labels=["stage"]
+    )
+    of_job = jobs.c.result["stages"]
+    sums = [sa.func.sum(of_job[stage].as_float()) for stage in STAGES]
+    row = tx.first(sa.select(*sums).where(jobs.c.state == State.SUCCEEDED))
+    for stage, seconds in zip(STAGES, row or (), strict=False):
+        stages.add_metric([stage], float(seconds or 0.0))
+    yield stages
     sent = CounterMetricFamily("mutoscope_webhooks", "Webhook deliveries, by result.", labels=["result"])
     counts = sa.select(deliveries.c.state, sa.func.count()).group_by(deliveries.c.state)
     for result, n in tx.all(counts):
