@@ -21,6 +21,7 @@ class JobsError(MutoscopeError):
     """Something the caller can act on."""
 
     code = "error"
+    exit_code = 2  # of admin commands
 
 
 class InvalidRequest(JobsError):

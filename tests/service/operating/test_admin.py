@@ -12,7 +12,7 @@ from mutoscope.cli import run
 from mutoscope.cli.serve import open_service
 from mutoscope.jobs import accounts, queue
 from mutoscope.jobs.database import Database
-from mutoscope.jobs.errors import Unauthorized
+from mutoscope.jobs.errors import Forbidden, Unauthorized
 from mutoscope.jobs.model import State
 from mutoscope.settings import Settings
 from tests.service.making import add_job, output
@@ -46,7 +46,7 @@ def works(shell: Shell, secret: str) -> bool:
     with shell.db.read() as tx:
         try:
             accounts.authenticate(tx, secret)
-        except Unauthorized:
+        except (Unauthorized, Forbidden):
             return False
     return True
 
