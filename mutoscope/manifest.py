@@ -109,6 +109,24 @@ class ModelFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedLora:
+    """A LoRA that belongs to the model, under a name; its sampling counts where a request says nothing."""
+
+    file: ModelFile
+    strength: float = 1.0
+    steps: int | None = None
+    guidance: float | None = None
+    shift: float | None = None
+    sampler: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it changes of the model's `Defaults`."""
+        wanted = {name: getattr(self, name) for name in _LORA_SETTINGS}
+        return {name: value for name, value in wanted.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelManifest:
     """A `model.toml`, read and checked."""
 
@@ -121,10 +139,11 @@ class ModelManifest:
     sizes: tuple[tuple[int, int], ...] = ()
     limits: Limits = field(default_factory=Limits)
     service: Serving = field(default_factory=Serving)
+    loras: Mapping[str, NamedLora] = field(default_factory=dict)
 
     def check_files(self) -> None:
         """Raise if a file is missing or has another size than when it was installed."""
-        for file in self.files.all():
+        for file in (*self.files.all(), *(lora.file for lora in self.loras.values())):
             if not file.path.is_file():
                 raise FileError(f"model {self.name}: {file.path} is missing.", hint=_PULL_AGAIN)
             size = file.path.stat().st_size
@@ -145,8 +164,9 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 _TEXT_KEYS = ("name", "title", "licence", "notes")
-_TOP_KEYS = (*_TEXT_KEYS, "files", "defaults", "sizes", "limits", "service")
+_TOP_KEYS = (*_TEXT_KEYS, "files", "defaults", "sizes", "limits", "service", "loras")
 _FILE_KEYS = ("path", "sha256", "size_bytes", "source")
+_LORA_SETTINGS: dict[str, type] = {"steps": int, "guidance": float, "shift": float, "sampler": str}
 
 
 def read_manifest(path: str | Path) -> ModelManifest:
@@ -170,6 +190,7 @@ def read_manifest(path: str | Path) -> ModelManifest:
         limits=_record(Limits, table.get("limits", {}), f"{path} [limits]"),
         service=_serving(table.get("service", {}), f"{path} [service]"),
         sizes=_sizes(table.get("sizes", []), path),
+        loras=_loras(table.get("loras", {}), path),
     )
 
 
@@ -204,6 +225,10 @@ def write_manifest(manifest: ModelManifest, path: str | Path) -> None:
     if told:
         lines += ["", "[service]"]
         lines += [f"{k} = {_toml(list(v) if isinstance(v, tuple) else v)}" for k, v in told.items()]
+    for name, lora in manifest.loras.items():
+        strength = {"strength": lora.strength} if lora.strength != 1.0 else {}
+        lines += ["", f"[loras.{_toml(name)}]", f"file = {described(lora.file)}"]
+        lines += [f"{k} = {_toml(v)}" for k, v in {**strength, **lora.settings}.items()]
     part = path.with_name(path.name + ".part")
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(part, path)
@@ -227,6 +252,28 @@ def _files(table: Mapping[str, Any], path: Path) -> ModelFiles:
         dit_extra=tuple(_file(e, path, f"{where} dit_extra {i}") for i, e in enumerate(extra)),
         vocabulary=_file(table["vocabulary"], path, f"{where} vocabulary") if "vocabulary" in table else None,
     )
+
+
+def _loras(table: Any, path: Path) -> dict[str, NamedLora]:
+    if not isinstance(table, dict):
+        raise FileError(f"{path} [loras]: is {_kind(table)}, a table of tables expected.")
+    found = {}
+    for name, entry in table.items():
+        where = f"{path} [loras.{name}]"
+        entry = entry if isinstance(entry, dict) else {"file": entry}
+        _only(entry, ("file", "strength", *_LORA_SETTINGS), where)
+        if "file" not in entry:
+            raise FileError(f"{where}: has no file.", hint='Add a line like: file = "lora.safetensors"')
+        settings = {
+            k: _typed(entry, k, kind, where, None) for k, kind in _LORA_SETTINGS.items() if k in entry
+        }
+        if any(settings.get(key, 1) <= 0 for key in ("steps", "guidance", "shift")):
+            raise FileError(f"{where}: steps, guidance and shift are more than 0.")
+        strength = _typed(entry, "strength", float, where, 1.0)
+        found[name] = NamedLora(
+            file=_file(entry["file"], path, f"{where} file"), strength=strength, **settings
+        )
+    return found
 
 
 def _file(value: Any, toml: Path, where: str) -> ModelFile:

@@ -11,10 +11,19 @@ from typing import Any
 
 from mutoscope import __version__
 from mutoscope.errors import MediaError, RequestError
-from mutoscope.manifest import ModelManifest
+from mutoscope.manifest import ModelManifest, suggest
 from mutoscope.media.frames import check_frames
 from mutoscope.media.read import probe
-from mutoscope.request import Box, Clip, Conditioning, GenerationRequest, Keyframe, Outpaint, Picture
+from mutoscope.request import (
+    Box,
+    Clip,
+    Conditioning,
+    GenerationRequest,
+    Keyframe,
+    Lora,
+    Outpaint,
+    Picture,
+)
 
 SAMPLER_NAMES = ("unipc", "dpm++", "euler", "distill4")
 MAX_STEPS = 1000
@@ -24,6 +33,9 @@ MAX_PROMPT_CHARACTERS = 20_000
 TEMPORAL_STRIDE = 4
 DRAFT_SHARE = 0.4
 """A draft takes this share of the model's usual steps (never fewer than 4)."""
+DISTILLED_GUIDANCE, DISTILLED_SHIFT = 1.0, 5.0
+"""What LightX2V runs its step-distilled models with (f8aee98, configs/distill/wan_t2v_distill_4step_cfg_lora.json)."""
+MAX_LORA_STRENGTH = 100.0
 
 
 def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationRequest:
@@ -33,7 +45,12 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
         RequestError: naming the field, what was got and what is possible.
         MediaError: a picture or clip that is missing or of the wrong kind.
     """
-    d, limits = manifest.defaults, manifest.limits
+    limits = manifest.limits
+    loras = _loras(request.loras, manifest)
+    d = manifest.defaults
+    for name, _ in loras:
+        if name in manifest.loras:
+            d = replace(d, **manifest.loras[str(name)].settings)
     if not request.prompt.strip() and request.conditioning.is_empty:
         raise RequestError("The prompt is empty.", hint="Say what the video should show.")
     if len(request.prompt) > MAX_PROMPT_CHARACTERS:
@@ -61,9 +78,8 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
     if not 1 <= steps <= MAX_STEPS or (sampler == "distill4" and steps != 4):
         expected = "exactly 4 for distill4" if sampler == "distill4" else f"1 to {MAX_STEPS}"
         raise RequestError(f"steps = {steps}, expected {expected}.")
-    guidance = _number("guidance", request.guidance, d.guidance, 0.0, 100.0)
-    if sampler == "distill4" and request.guidance is None:
-        guidance = 1.0
+    if sampler == "distill4" and d.sampler != "distill4":  # those defaults are for another sampler
+        d = replace(d, guidance=DISTILLED_GUIDANCE, shift=DISTILLED_SHIFT)
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed = {seed}, expected 0 to 2^63 - 1.")
@@ -74,11 +90,12 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
         frames=frames,
         fps=_number("fps", request.fps, d.fps, 0.1, 240.0),
         steps=steps,
-        guidance=guidance,
+        guidance=_number("guidance", request.guidance, d.guidance, 0.0, 100.0),
         shift=_number("shift", request.shift, d.shift, 0.01, 100.0),
         sampler=sampler,
         seed=seed,
         negative_prompt=d.negative_prompt if request.negative_prompt is None else request.negative_prompt,
+        loras=loras,
     )
 
 
@@ -102,6 +119,25 @@ def _number(name: str, value: float | None, default: float, low: float, high: fl
     if not (math.isfinite(value) and low <= value <= high):
         raise RequestError(f"{name} = {value}, expected {low:g} to {high:g}.")
     return float(value)
+
+
+def _loras(loras: tuple[Lora, ...], manifest: ModelManifest) -> tuple[Lora, ...]:
+    """Each with its strength; files that are there, or names of the model's own."""
+    planned: list[Lora] = []
+    for lora in loras:
+        if isinstance(lora, str | Path) or len(lora) != 2:
+            raise RequestError(f"loras: got {lora!r}, pairs of a file (or name) and its strength expected.",
+                               hint='Like loras=(("style.safetensors", 0.8),).')  # fmt: skip
+        file, strength = lora
+        own = manifest.loras.get(str(file))
+        if own is None and not Path(file).is_file():
+            names = f"; {manifest.name} has {', '.join(manifest.loras)}" if manifest.loras else ""
+            raise RequestError(f"LoRA {str(file)!r}: no such file{names}.",
+                               hint=suggest(str(file), manifest.loras) or "Give the path of a LoRA file.")  # fmt: skip
+        strength = _number(f"the strength of LoRA {str(file)!r}", strength, own.strength if own else 1.0,
+                           -MAX_LORA_STRENGTH, MAX_LORA_STRENGTH)  # fmt: skip
+        planned.append((str(file) if own else file, strength))
+    return tuple(planned)
 
 
 def _choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -16,6 +16,9 @@ import numpy.typing as npt
 FramesHWC = npt.NDArray[np.uint8]
 """uint8 RGB, [H, W, 3] for a picture or [F, H, W, 3] for a clip."""
 
+Lora = tuple[str | Path, float | None]
+"""A LoRA file, or the name of one in the model's model.toml, with its strength; None: the usual strength."""
+
 Picture = str | Path | FramesHWC
 Clip = str | Path | FramesHWC
 Box = tuple[float, float, float, float]
@@ -102,6 +105,8 @@ class GenerationRequest:
     width, height in pixels (multiples of 16), frames = 4n+1, fps in frames per second, guidance is the classifier-free
     guidance scale (1.0 = one pass per step), shift moves the noise schedule towards high noise, a missing seed is drawn
     at random.
+
+    loras           low-rank changes of the model, with their strengths: docs/faster.md
     """
 
     prompt: str
@@ -117,6 +122,7 @@ class GenerationRequest:
     sampler: str | None = None
     seed: int | None = None
     quality: Literal["draft", "standard"] = "standard"
+    loras: tuple[Lora, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """JSON-able description, for metadata: what is unset is left out, arrays are named by their shape."""

@@ -207,6 +207,15 @@ def generate(
             help="What to avoid (default: the model's).", show_default=False, rich_help_panel=_SAMPLING
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[=STRENGTH]",
+            help="A LoRA: a file, or a name in the model's model.toml. Repeatable.",
+            show_default=False,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
     device: Device = None,
     precision: Precision = "auto",
     output: Annotated[
@@ -287,6 +296,7 @@ def generate(
         sampler=sampler,
         seed=seed,
         quality=quality,
+        loras=tuple(parse.lora(text) for text in lora or ()),
     )
     requests = [plan(replace(request, prompt=text), manifest) for text in texts]
     outputs = parse.output_paths(output, texts, force=force)

@@ -55,6 +55,13 @@ def keyframe(text: str) -> Keyframe:
     return Keyframe(image=path, index=int(index))
 
 
+def lora(text: str) -> tuple[str, float | None]:
+    """style.safetensors=0.8 to the file and its strength; without one, None."""
+    name, equals, strength = text.rpartition("=")
+    numbers = _numbers(strength) if equals and name else None
+    return (name, numbers[0]) if numbers is not None and len(numbers) == 1 else (text, None)
+
+
 def outpaint(text: str) -> Outpaint:
     """left=0.25,top=0.5 to margins."""
     sides = {f.name: 0.0 for f in fields(Outpaint)}

@@ -37,6 +37,8 @@ def _options(request: Mapping[str, Any], model: Any) -> Iterator[str]:
             yield from (f"--{name}", _number(request[name]))
     if "negative_prompt" in request:
         yield f"--negative={request['negative_prompt']}"
+    for file, strength in request.get("loras", ()):
+        yield f"--lora={file}={_number(strength)}"
     yield from _conditioning(request.get("conditioning", {}))
 
 

@@ -74,7 +74,7 @@ class Shared:
 
 def shared(x: Tensor, *layers: nn.Module) -> Tensor | Shared:
     """`x` to be given to all these layers in turn. It must not be changed in between."""
-    return Shared(x) if all(isinstance(layer, QuantLinear) for layer in layers) else x
+    return Shared(x) if all(getattr(layer, "takes_shared", False) for layer in layers) else x
 
 
 class Precision(Protocol):
@@ -156,6 +156,7 @@ def _linear_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool
 class QuantLinear(nn.Module):
     """`nn.Linear` on a packed weight [N, K]. `.to(device)` moves the packed bytes; the bias stays float32."""
 
+    takes_shared = True
     packed: Tensor
     bias: Tensor | None
 

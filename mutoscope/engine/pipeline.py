@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mutoscope.catalog import find_model
-from mutoscope.engine import conditioning, latents, memory, sampler, tiling, weights
+from mutoscope.engine import conditioning, latents, lora, memory, sampler, tiling, weights
 from mutoscope.engine.precision import checked, compute_dtype
 from mutoscope.engine.tokenizer import Tokenizer, clean_text
 from mutoscope.engine.umt5 import UMT5Encoder
@@ -53,6 +53,7 @@ class Models:
         self.device = torch.device(device)
         self.precision = checked(precision)
         self._rows: dict[str, Tensor] = {}
+        self._loras = lora.Attached()
 
     @cached_property
     def text(self) -> tuple[UMT5Encoder, Tokenizer]:
@@ -65,6 +66,26 @@ class Models:
         files = self.manifest.files
         paths = [files.dit.path, *(extra.path for extra in files.dit_extra)]
         return weights.load_wan(paths, device=self.device, precision=self.precision)
+
+    def open_loras(self, request: GenerationRequest) -> lora.Loras:
+        """The LoRAs of a planned request, checked against the transformer."""
+        own = self.manifest.loras
+        found = []
+        for name, strength in request.loras:
+            path = own[str(name)].file.path if str(name) in own else Path(name)
+            assert strength is not None
+            found.append((path, strength))
+        self.without_loras()
+        return self._loras.open(self.dit, found)
+
+    def dit_with(self, loras: lora.Loras) -> WanModel:
+        """The transformer with these LoRAs and no others, until it is asked for with others."""
+        self._loras.attach(self.dit, loras)
+        return self.dit
+
+    def without_loras(self) -> None:
+        """Take off whatever the transformer has."""
+        self._loras.detach()
 
     @cached_property
     def vae(self) -> WanVAE:
@@ -109,18 +130,19 @@ def generate(
 
     yield Stage(name="load", seconds=clock.seconds)
     _check_models(models, request)
+    loras = models.open_loras(request)
 
     yield Stage(name="text", seconds=clock.seconds)
-    text = _text_context(models, request)
+    text = _text_context(models, request, loras)
 
     yield Stage(name="conditioning", seconds=clock.seconds)
-    vace = _vace_tokens(models, request, dump_conditioning)
+    vace = _vace_tokens(models, request, loras, dump_conditioning)
 
     yield Stage(name="denoise", seconds=clock.seconds)
     n_references = request.conditioning.n_references
     shape = latents.shape(models.dit.config.out_dim, request, n_references)
     sigmas = sampler.schedule(request.sampler, request.steps, request.shift)
-    velocity = _velocity(models.dit, request, text, vace, shape, sigmas)
+    velocity = _velocity(models, request, loras, text, vace, shape, sigmas)
     solver = sampler.make_solver(request.sampler, sigmas)
     x, state = sampler.noise(shape, request.seed).to(models.device), solver.start()
     done, latest = 0, x
@@ -136,6 +158,7 @@ def generate(
             if done % PREVIEW_STEPS == 0 and done < request.steps:
                 yield Preview(frames=latents.preview(latest, models.vae.config.rgb))
     finally:
+        models.without_loras()
         if done == request.steps:
             latest = x[:, :, n_references:]
         if keep_latents is not None and done:
@@ -201,16 +224,18 @@ def _check_models(models: Models, request: GenerationRequest) -> None:
     memory.check(config, request, models.device, vae_base_dim=models.vae.config.base_dim)
 
 
-def _text_context(models: Models, request: GenerationRequest) -> TextContext:
+def _text_context(models: Models, request: GenerationRequest, loras: lora.Loras) -> TextContext:
     """Keys and values of the prompt and, with guidance, of the negative prompt: a batch of one or two."""
     prompts = [request.prompt] + ([request.negative_prompt] if request.guidance != 1.0 else [])
     rows = [models.text_rows(p or "") for p in prompts]
     lengths = [r.shape[1] for r in rows]
     padded = torch.cat([torch.nn.functional.pad(r, (0, 0, 0, max(lengths) - r.shape[1])) for r in rows])
-    return models.dit.text_context(padded, lengths)
+    return models.dit_with(loras).text_context(padded, lengths)
 
 
-def _vace_tokens(models: Models, request: GenerationRequest, dump: Path | None) -> Tensor | None:
+def _vace_tokens(
+    models: Models, request: GenerationRequest, loras: lora.Loras, dump: Path | None
+) -> Tensor | None:
     """The side input of the VACE branch; None where there is no branch, or its strength is zero."""
     size = (request.width, request.height)
     prepared = conditioning.prepare(request.conditioning, *size, request.frames, request.fps)
@@ -223,12 +248,13 @@ def _vace_tokens(models: Models, request: GenerationRequest, dump: Path | None) 
         large = max(size) > tiling.TILE_PX
         return tiling.encode_tiled(models.vae, chunks) if large else models.vae.encode_stream(chunks)
 
-    return models.dit.vace_tokens(conditioning.vace_context(prepared, encode, models.device))
+    return models.dit_with(loras).vace_tokens(conditioning.vace_context(prepared, encode, models.device))
 
 
 def _velocity(
-    dit: WanModel,
+    models: Models,
     request: GenerationRequest,
+    loras: lora.Loras,
     text: TextContext,
     vace: Tensor | None,
     shape: Sequence[int],
@@ -237,13 +263,15 @@ def _velocity(
     """The guided velocity at step i. All that does not depend on x is made here, once."""
     device = text.keys[0].device
     grid = (shape[2], shape[3] // 2, shape[4] // 2)
+    dit = models.dit_with(loras)
     rope = rope_table(grid, dit.config.head_dim, device=device)
     timesteps = [sampler.timestep(request.sampler, sigma) for sigma in sigmas[:-1]]
     modulation = dit.time_modulation(torch.tensor(timesteps, device=device))
 
     def one(x: Tensor, i: int, context: TextContext) -> Tensor:
         side = vace.expand(x.shape[0], -1, -1) if vace is not None else None
-        return dit(x, modulation.at(i), context, rope, side, request.conditioning.strength)
+        model = models.dit_with(loras)  # another request may have been served between two steps
+        return model(x, modulation.at(i), context, rope, side, request.conditioning.strength)
 
     def velocity(x: Tensor, i: int) -> Tensor:
         if request.guidance == 1.0:

@@ -79,6 +79,17 @@ def our_names(names: Iterable[str]) -> dict[str, str]:
     return {name: translate(name) for name in names}
 
 
+def diffusers_name(name: str) -> str:
+    """The name that diffusers gives a layer or parameter of ours; `our_names` leads back."""
+    name = f"{name}."
+    for theirs, ours in _DIFFUSERS_ROOT.items():
+        if name.startswith(ours):
+            return (theirs + name.removeprefix(ours)).removesuffix(".")
+    for theirs, ours in _DIFFUSERS_INNER.items():
+        name = name.replace(ours, theirs)
+    return name.removesuffix(".")
+
+
 @dataclass(frozen=True)
 class WanConfig:
     """Everything that shapes the network.
