@@ -145,10 +145,7 @@ class Attached:
         if loras == self._now:
             return
         self.detach()
-        exact = torch.float32
-        self._undo = attach(
-            model, loras, lambda path: exact if path.split(".")[0] in model.FLOAT32 else dtype
-        )
+        self._undo = attach(model, loras)
         self._now = loras
 
     def detach(self) -> None:
@@ -191,9 +188,7 @@ def _undo_all(undo: list[Undo]) -> None:
         undo.pop()()
 
 
-def _wrap(
-    model: nn.Module, path: str, name: str, loras: Sequence[tuple[Changes, float]], wide: Wide
-) -> Undo:
+def _wrap(model: nn.Module, path: str, name: str, loras: Sequence[tuple[Changes, float]], wide: Wide) -> Undo:
     layer = model.get_submodule(path)
     first = next(iter([*layer.buffers(), *layer.parameters()]))
     device, dtype = first.device, getattr(layer, "compute_dtype", first.dtype)

@@ -25,6 +25,7 @@ from mutoscope.manifest import (
     ModelFile,
     ModelFiles,
     ModelManifest,
+    NamedLora,
     read_manifest,
     write_manifest,
 )
@@ -191,6 +192,12 @@ def test_write_and_read_again(tmp_path: Path) -> None:
         defaults=known_model("wan2.1-vace-14b").defaults,
         sizes=((832, 480),),
         limits=Limits(max_frames=81),
+        loras={
+            "fast": NamedLora(
+                file=ModelFile(path=folder / "f.safetensors", size_bytes=3), steps=4, guidance=1.0
+            ),
+            "a.b c": NamedLora(file=elsewhere, strength=0.5, shift=5.0, sampler="distill4"),
+        },
     )
     write_manifest(model, folder / "model.toml")
     assert read_manifest(folder / "model.toml") == model
@@ -230,6 +237,11 @@ def test_write_and_read_again(tmp_path: Path) -> None:
         ("sizes = [[64, 64], [96, 64]]", "sizes = [[64, 0]]", "sizes is"),
         ("sizes = [[64, 64], [96, 64]]", "limits = 3", r"\[limits\]: is a whole number"),
         ("[defaults]", "[limits]\nmax_frame = 3\n[defaults]", "Did you mean max_frames"),
+        ("[files]", "[loras.x]\nstrength = 1\n[files]", r"\[loras\.x\]: has no file"),
+        ("[files]", '[loras]\nx = "../x"\n[files]', r"\[loras\.x\] file: \.\./x leaves"),
+        ("[files]", '[loras.x]\nfile = "x"\nstep = 3\n[files]', "Did you mean steps"),
+        ("[files]", '[loras.x]\nfile = "x"\nsteps = 0\n[files]', "more than 0"),
+        ('name = "mine"', 'name = "mine"\nloras = 3', "a table of tables"),
         ("[files]", "[files", "is not a readable TOML file"),
     ],
 )

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_hub import FakeHub, content, serve
 
 from mutoscope import __version__, errors, hub, machine
@@ -305,6 +306,31 @@ def test_conditioning_is_dumped(cli: Cli) -> None:
     assert read_clip("seen/mask/frame-0002.png", max_frames=1).frames.min() == 255
 
 
+def lora(path: str) -> None:
+    """A strong change of one layer."""
+    rng = torch.Generator().manual_seed(0)
+    stem = "diffusion_model.blocks.0.self_attn.o"
+    save_file({f"{stem}.lora_A.weight": torch.randn(2, 32, generator=rng),
+               f"{stem}.lora_B.weight": torch.randn(32, 2, generator=rng)}, path)  # fmt: skip
+
+
+def test_a_lora_of_the_model_by_its_name(cli: Cli, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path)
+    lora(str(folder / "l.safetensors"))
+    with (folder / "model.toml").open("a") as toml:
+        toml.write('\n[loras.fast]\nfile = "l.safetensors"\nsteps = 2\nsampler = "euler"\n')
+    options = ("a red ball", "--model", folder, "--seed", 1)
+    ran = cli("generate", *options, "--lora", "fast", "-o", "a.mp4")
+    assert ran.code == 0, ran.err
+    request = (read_metadata("a.mp4") or {})["request"]
+    assert (request["loras"], request["steps"], request["sampler"]) == ([["fast", 1.0]], 2, "euler")
+    assert cli("generate", *options, "--steps", 2, "--sampler", "euler", "-o", "b.mp4").code == 0
+    assert Path("a.mp4").read_bytes() != Path("b.mp4").read_bytes()
+    ran = cli("generate", *options, "--lora", "fats")
+    assert ran.code == 2
+    assert "Did you mean fast?" in ran.err
+
+
 EVERYTHING = (
     ("--image", "a.png", "--last-image", "b.png", "--keyframe", "2=a.png", "--ref", "b.png", "--ref", "a.png",
      "--track", "0:0,0,.5,.5 1:.5,.5,1,1", "--strength", "0.5"),
@@ -313,6 +339,7 @@ EVERYTHING = (
     ("--video", "c.mp4", "--mask", "a.png", "--negative", "- it's \"bad\""),
     ("--video", "c.mp4", "--outpaint", "left=0.5,top=.25", "--negative", ""),
     ("--extend-start", "c.mp4", "--extend-end", "c.mp4", "--frames", "9"),
+    ("--lora", "x=1.safetensors", "--lora", "x=1.safetensors=0.5"),
 )  # fmt: skip
 
 
@@ -323,6 +350,7 @@ def test_inspect_gives_the_command_that_makes_the_same_bytes(
     picture("a.png", 255)
     picture("b.png", 40)
     clip("c.mp4")
+    lora("x=1.safetensors")
     ran = cli("generate", *options, "--seed", 11, "--steps", 2, "-o", "one.mp4", "--", "-a 'red' ball")
     assert ran.code == 0, ran.err
     ran = cli("inspect", "one.mp4", "--json")

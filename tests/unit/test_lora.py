@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mutoscope.engine import lora, lora_files
+from mutoscope.engine.int8 import int8_is_fast
 from mutoscope.engine.linear import QuantLinear
 from mutoscope.engine.lora import Attached, SidePath, Wide
 from mutoscope.engine.lora_files import read_lora
@@ -327,6 +328,18 @@ def test_the_fused_gelu_in_bfloat16(
     attached(model, (tmp_path / "x.safetensors", 1.0))
     apart = error(answer(model), exact)
     assert max(wide, apart) < 0.01 < 0.03 < without  # measured 0.003, 0.003 and 0.044
+
+
+@pytest.mark.skipif(not int8_is_fast(), reason="needs VNNI or AMX instructions")
+def test_beside_integer_products(tiny_model: Path, tmp_path: Path) -> None:
+    pairs = pairs_of(bare(tiny_model))
+    write(tmp_path / "x.safetensors", FORMS["diffusers"], pairs)
+    exact = merged(tiny_model, {name: up @ down for name, (down, up) in pairs.items()})
+    model = load_wan(tiny_model / "dit.gguf", precision="int8")
+    without = error(answer(model), exact)
+    attached(model, (tmp_path / "x.safetensors", 1.0))
+    got = error(answer(model), exact)
+    assert got < 0.03 < 0.5 < without, (got, without)
 
 
 def frames_of(models: Models, request: GenerationRequest) -> np.ndarray:

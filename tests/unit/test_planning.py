@@ -15,7 +15,7 @@ import pytest
 
 from mutoscope import __version__
 from mutoscope.errors import MediaError, RequestError
-from mutoscope.manifest import Defaults, Limits, ModelFile, ModelFiles, ModelManifest
+from mutoscope.manifest import Defaults, Limits, ModelFile, ModelFiles, ModelManifest, NamedLora
 from mutoscope.media.write import VideoWriter, write_image
 from mutoscope.planning import (
     MAX_PROMPT_CHARACTERS,
@@ -92,6 +92,44 @@ def test_distilled_models_take_four_steps_and_no_guidance() -> None:
     r = planned(sampler="distill4")
     assert (r.steps, r.guidance) == (4, 1.0)
     assert planned(sampler="distill4", guidance=2.0).guidance == 2.0
+
+    assert (r.shift, planned(sampler="distill4", shift=3.0).shift) == (5.0, 3.0)
+    distilled = replace(MODEL, defaults=replace(DEFAULTS, sampler="distill4", guidance=1.5, shift=7.0))
+    r = plan(GenerationRequest(prompt="a"), distilled)
+    assert (r.steps, r.guidance, r.shift) == (4, 1.5, 7.0)
+
+
+def test_loras_have_a_strength_and_bring_their_own_sampling(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"x")
+    own = NamedLora(
+        file=ModelFile(path=file), strength=0.9, steps=4, sampler="distill4", guidance=1.0, shift=5.0
+    )
+    style = NamedLora(file=ModelFile(path=file))
+    model = replace(MODEL, loras={"fast": own, "style": style})
+    r = plan(GenerationRequest(prompt="a", loras=(("fast", None), (file, None), ("style", 0.5))), model)
+    assert r.loras == (("fast", 0.9), (file, 1.0), ("style", 0.5))
+    assert (r.steps, r.sampler, r.guidance, r.shift) == (4, "distill4", 1.0, 5.0)
+    r = plan(GenerationRequest(prompt="a", loras=(("fast", 0.3),), shift=9.0), model)
+    assert (r.shift, r.guidance, r.loras) == (9.0, 1.0, (("fast", 0.3),))
+    r = plan(GenerationRequest(prompt="a", loras=(("style", None),)), model)
+    assert (r.steps, r.sampler) == (20, "unipc")
+
+
+@pytest.mark.parametrize(
+    ("loras", "told"),
+    [
+        ((("nothing.safetensors", 1.0),), "no such file; test has fast"),
+        ((("fats", 1.0),), "Did you mean fast"),
+        (("fast",), "pairs of a file"),
+        ((("fast", float("nan")),), "the strength of LoRA 'fast' = nan"),
+        ((("fast", 1e9),), "expected -100 to 100"),
+    ],
+)
+def test_loras_that_cannot_be(loras: Any, told: str) -> None:
+    model = replace(MODEL, loras={"fast": NamedLora(file=NOWHERE)})
+    with pytest.raises(RequestError, match=told):
+        plan(GenerationRequest(prompt="a", loras=loras), model)
 
 
 def test_the_samplers_are_those_of_the_engine() -> None:
