@@ -8,7 +8,8 @@ gets      200 GETs of tasks a second (Runway's dialect), beside the same rate of
 creates   20 POSTs a second that each make a job; a fake engine makes it at once
 streams   1,000 event streams of one running job: the web process's share of a core, and how late events come
 queue     100,000 queued jobs of 20 accounts, 4 models and 3 shapes: claim and queue position
-overhead  a job through the service, from POST to the event "succeeded", against the same request in a warm engine
+overhead  a job through the service, from POST to the event "succeeded", against the same request in a warm engine and
+          against `mutoscope generate`
 
 Load is open: requests start by the clock, whether earlier ones were answered or not, and a latency counts from when
 its request should have started. Client and server share the machine. The fake engine is the one of the tests; the
@@ -301,10 +302,25 @@ REQUESTS = {
 
 
 def overhead(args: argparse.Namespace) -> dict[str, Any]:
-    """In turns: the engine to a file in this process, and the service from POST to the event "succeeded"."""
+    """In turns: `mutoscope generate`, the warm engine to a file in this process, and the service from POST to the event
+    "succeeded"."""
+    import torch
+
     from mutoscope.engine.pipeline import Engine, build_request, write
+    from mutoscope.machine import use_threads
 
     engine = Engine("pocket", device="cpu")
+    use_threads(engine.models.manifest, torch.get_num_threads())  # as a worker does
+
+    def command(options: dict[str, Any], path: Path) -> float:
+        size = [f"--size={options['width']}x{options['height']}"] if "width" in options else []
+        more = [f"--{name}={options[name]}" for name in ("steps", "frames", "seed") if name in options]
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "mutoscope", "generate", options["prompt"], "-q", "-o", str(path), *size, *more],
+            cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        return time.perf_counter() - start
 
     def bare(options: dict[str, Any], path: Path) -> float:
         start = time.perf_counter()
@@ -337,16 +353,22 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as folder,
     ):
         for name, options in REQUESTS.items():
-            ours, alone = [], []
+            ours, alone, commands = [], [], []
             for i in range(args.rounds + 1):
-                pair = (bare(options, Path(folder) / f"{name}-{i}.mp4"), served(client, options))
+                place = Path(folder) / f"{name}-{i}"
+                times = (
+                    bare(options, place.with_suffix(".mp4")),
+                    served(client, options),
+                    command(options, place.with_suffix(".command.mp4")),
+                )
                 if i:
-                    alone.append(pair[0])
-                    ours.append(pair[1])
+                    for kept, seconds in zip((alone, ours, commands), times, strict=True):
+                        kept.append(seconds)
             more = [o - a for o, a in zip(ours, alone, strict=True)]
             found[name] = {
                 "engine_s": round(statistics.median(alone), 3), "service_s": round(statistics.median(ours), 3),
                 "more_ms": round(1000 * statistics.median(more), 1), "worst_ms": round(1000 * max(more), 1),
+                "command_s": round(statistics.median(commands), 3),
                 "more_share": round(statistics.median(o / a for o, a in zip(ours, alone, strict=True)) - 1, 4),
             }  # fmt: skip
     return found

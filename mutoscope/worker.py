@@ -66,6 +66,8 @@ LOOK_S = 0.25
 """How often the pulse looks whether the job was cancelled."""
 PROGRESS_S = 0.5
 """Progress is written at most that often."""
+PREVIEW_S = 2.0
+"""Previews are encoded and written at most that often; a newer one takes the place of one that waits."""
 IDLE_S = 0.1
 """How often an idle worker looks for a job: one indexed read, and a claim only if something waits."""
 PREVIEW_PX = 256
@@ -104,6 +106,7 @@ class _Lease:
     preview: Preview | None = None
     news: bool = True
     written_at: float = 0.0  # monotonic
+    previewed_at: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     load_s: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)  # seconds in each so far
@@ -452,9 +455,10 @@ class Worker:
             self._progress(lease)
 
     def _progress(self, lease: _Lease) -> None:
-        job, preview = lease.job, lease.preview
-        lease.news, lease.preview, lease.written_at = False, None, time.monotonic()
-        picture = None if preview is None else preview_uri(preview)
+        job, now, picture = lease.job, time.monotonic(), None
+        lease.news, lease.written_at = False, now
+        if lease.preview is not None and now - lease.previewed_at >= PREVIEW_S:
+            picture, lease.preview, lease.previewed_at = preview_uri(lease.preview), None, now
         with self.db.write() as tx:
             queue.progress(
                 tx, job.id, job.fence, stage=lease.stage, step=lease.step, steps=lease.steps,

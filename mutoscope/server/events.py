@@ -26,7 +26,7 @@ from mutoscope.server import edge
 
 log = logging.getLogger("mutoscope.server")
 
-LOOK_S = 0.2
+LOOK_S = 0.1
 """How often the feed is read while somebody listens."""
 HEARTBEAT_S = 15.0
 RETRY_MS = 1000

@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 
 from mutoscope.jobs.database import Database
+from mutoscope.media import sandbox
 from tests.service.databases import Clock, Postgres, Sqlite
 from tests.service.making import make_account
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_helper_is_left() -> Iterator[None]:
+    """The sandbox keeps a helper process; the last test is when it may go."""
+    yield
+    sandbox.close()
 
 
 @pytest.fixture(scope="session")
