@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,27 @@ def describe(request: GenerationRequest, manifest: ModelManifest) -> dict[str, A
         "seed": request.seed,
         "request": request.summary(),
     }
+
+
+_UNITS = {
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "B": 1,
+    "": 1,
+}
+
+
+def size_bytes(text: str) -> int:
+    """An amount of memory like 12GiB, 700 MiB or 1.5GB in bytes. Raises RequestError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?I?B|)", text.strip().upper())
+    amount = 0 if match is None else int(float(match[1]) * _UNITS.get(match[2], 0))
+    if not amount:
+        raise RequestError(f"{text!r} is no amount of memory.", hint="Like 12GiB or 700MiB.")
+    return amount
 
 
 def frames_for(seconds: float, fps: float) -> int:

@@ -57,6 +57,14 @@ Device = Annotated[
     typer.Option(help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).", show_default=False),
 ]
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Stay below this, like 12GiB, or refuse before any work (default: use what is free).",
+        show_default=False,
+    ),
+]
 Precision = Annotated[
     Literal["auto", "exact", "bf16", "int8"],
     typer.Option(help="How layers compute: exact is float32, auto the fastest that stays close to it."),

@@ -12,7 +12,18 @@ import typer
 
 from mutoscope.catalog import POCKET, find_model
 from mutoscope.cli import parse
-from mutoscope.cli.common import Debug, Device, Json, Precision, Quiet, say, say_json, size_text, time_text
+from mutoscope.cli.common import (
+    Debug,
+    Device,
+    Json,
+    Memory,
+    Precision,
+    Quiet,
+    say,
+    say_json,
+    size_text,
+    time_text,
+)
 from mutoscope.cli.progress import Display, make_display
 from mutoscope.cli.running import Target, bytes_of, drive, open_models
 from mutoscope.errors import Cancelled, FileError, RequestError
@@ -218,6 +229,7 @@ def generate(
     ] = None,
     device: Device = None,
     precision: Precision = "auto",
+    memory: Memory = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -306,7 +318,7 @@ def generate(
         job.check_output()
     display = make_display(json=json_, quiet=quiet)
     _advise(jobs, manifest, output, display)
-    models = open_models(manifest, device, precision)
+    models = open_models(manifest, device, precision, memory)
     for job in jobs:
         result, took = _run(job, models, display, keep_latents=keep_latents)
         if json_:

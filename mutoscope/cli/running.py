@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from mutoscope.engine.pipeline import Models
 
 
-def open_models(manifest: ModelManifest, device: str | None, precision: str = "auto") -> Models:
+def open_models(
+    manifest: ModelManifest, device: str | None, precision: str = "auto", memory: str | None = None
+) -> Models:
     """Opens nothing yet; but importing the engine takes a second."""
     import torch
 
     from mutoscope.engine.pipeline import Models
     from mutoscope.machine import use_threads
+    from mutoscope.planning import size_bytes
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -37,7 +40,7 @@ def open_models(manifest: ModelManifest, device: str | None, precision: str = "a
             hint="mutoscope doctor lists what can.",
         ) from e
     use_threads(manifest, torch.get_num_threads())
-    return Models(manifest, chosen, precision)
+    return Models(manifest, chosen, precision, None if memory is None else size_bytes(memory))
 
 
 @dataclass(frozen=True)

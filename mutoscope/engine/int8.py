@@ -1,13 +1,14 @@
 """Products of 8-bit integers: twice the speed of bfloat16 on CPUs with instructions for them (VNNI, AMX).
 
-    x [M, K] = s_m (q_mk - 128) + c_m      every row (token) by its own range: q uint8, step s, centre c
+    x [M, K] = s_m (q_mk - z) + c          every row (token) by its own range: q uint8, step s
     w [N, K] = t_n u_nk                    every output channel by its largest weight: u int8, step t
 
-    x w^T = s_m t_n (q - 128) u^T + c_m (t_n sum_k u_nk)
+    x w^T = s_m t_n (q - z) u^T + c sum_k w_nk
 
-The integer product and t_n are the library's (oneDNN, by `onednn::qlinear_pointwise`); steps, centres and bias
-of rows follow as one pass over its float32 result. Centring doubles the resolution of what is far from symmetric,
-like the result of GELU. The error is about 1 % of the product on Gaussian numbers.
+The integer product and t_n are the library's (oneDNN, by `onednn::qlinear_pointwise`); s_m and an offset follow as one
+pass over its float32 result. Most activations are about symmetric: z = 128, c = 0. Those after GELU are not: z = 0
+and c is the least that GELU gives, which doubles their resolution. The error is about 1 % of the product on
+Gaussian numbers.
 
 Rows are worked through in pieces whose results stay in the cache: fresh memory beyond 32 MiB costs more than the
 arithmetic on it.
@@ -15,7 +16,10 @@ arithmetic on it.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -41,11 +45,15 @@ def int8_is_fast() -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """Activations: uint8 [M, K] with a step and a centre for each row, float32 [M, 1]."""
+    """Activations: uint8 [M, K], float32 [M, 1] steps, and what all rows have in common: zero point and offset."""
 
     q_MK: Tensor
     step_M1: Tensor
-    centre_M1: Tensor
+    zero: int
+    offset: float
+
+    def __getitem__(self, part: slice) -> Rows:
+        return Rows(self.q_MK[part], self.step_M1[part], self.zero, self.offset)
 
 
 @dataclass(frozen=True)
@@ -63,19 +71,25 @@ class Weight:
         return self.step_N.shape[0]
 
 
-def quantize_rows(x: Tensor) -> Rows:
-    """float [M, K] to 8 bits, nearest, each row by its own range."""
+def quantize_rows(x: Tensor, low: float | None = None) -> Rows:
+    """float [M, K] to 8 bits, nearest, each row by its own range. `low`: what no number is below, if that is known."""
     q_MK = torch.empty(x.shape, dtype=torch.int8)
-    step_M1, centre_M1 = torch.empty(len(x), 1), torch.empty(len(x), 1)
+    step_M1 = torch.empty(len(x), 1)
     for part in pieces(*x.shape):
         values = x[part].float()
-        high, low = values.amax(1, keepdim=True), values.amin(1, keepdim=True)
-        centre = torch.add(high, low, out=centre_M1[part]).mul_(0.5)
-        step = torch.sub(high, low, out=step_M1[part]).mul_(0.5 / LEVELS).clamp_min_(_TINY)
-        inverse = step.reciprocal()
-        q_MK[part] = torch.addcmul(-centre * inverse, values, inverse).round_()
+        high = values.amax(1, keepdim=True)
+        if low is None:
+            high = torch.maximum(high, -values.amin(1, keepdim=True))
+            step = torch.div(high, LEVELS, out=step_M1[part]).clamp_min_(_TINY)
+            scaled = values * step.reciprocal()
+        else:
+            step = torch.div(high - low, 2 * LEVELS, out=step_M1[part]).clamp_min_(_TINY)
+            inverse = step.reciprocal()
+            scaled = torch.addcmul(-LEVELS - low * inverse, values, inverse)
+        q_MK[part] = scaled.round_()
     # float to int8 is five times as fast as to uint8; flipping the top bit then adds 128.
-    return Rows(q_MK.view(torch.uint8).bitwise_xor_(128), step_M1, centre_M1)
+    zero, offset = (128, 0.0) if low is None else (128 - LEVELS, low)
+    return Rows(q_MK.view(torch.uint8).bitwise_xor_(128), step_M1, zero, offset)
 
 
 def quantize_weight(weight: Packed) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,16 +124,19 @@ def prepare(weight: Packed) -> Weight:
 def product(rows: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
     """float32 [M, N]: see the top of this file."""
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        rows.q_MK, 1.0, 128, weight.packed, weight.step_N, weight.zero_N, None, 1.0, 0, torch.float32, "none", [], ""
+        rows.q_MK, 1.0, rows.zero, weight.packed, weight.step_N, weight.zero_N, None, 1.0, 0, torch.float32,
+        "none", [], "",
     )  # fmt: skip
-    offset = torch.zeros(weight.n_out) if bias is None else bias
-    y = torch.addcmul(offset, y, rows.step_M1, out=y)
-    return y.addcmul_(rows.centre_M1, weight.sum_N)
+    if rows.offset:
+        shift = weight.sum_N * rows.offset
+        bias = shift if bias is None else bias + shift
+    return y.mul_(rows.step_M1) if bias is None else torch.addcmul(bias, y, rows.step_M1, out=y)
 
 
 def gelu_(x: Tensor) -> Tensor:
     """GELU (tanh approximation) in place on float32: x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), in half the time."""
-    inner = torch.square(x).mul_(1.5957691216057308 * 0.044715).add_(1.5957691216057308)
+    twice = 2 * (2 / math.pi) ** 0.5
+    inner = torch.addcmul(torch.tensor(twice), x, x, value=twice * 0.044715)
     return x.mul_(inner.mul_(x).sigmoid_())
 
 
@@ -137,34 +154,55 @@ def pieces(n_rows: int, n_out: int) -> Iterator[slice]:
 
 
 class Int8:
-    """The `Precision` of this file: weights are converted at their first product and kept."""
+    """The `Precision` of this file.
+
+    Weights are converted when they are needed, those that are needed next in a thread beside, and kept as far as
+    `settle` allows; what is kept or not changes no result.
+    """
 
     dtype = torch.bfloat16
+    AHEAD = 8
+    """Weights: those of one block."""
 
     def __init__(self) -> None:
-        self._weights: dict[int, Weight] = {}
+        self._order: dict[int, Packed] = {}
+        self._following: dict[int, int] = {}
+        self._ready: dict[int, Weight] = {}
+        self._coming: dict[int, Future[Weight]] = {}
+        self._room_bytes = sys.maxsize
+        self._kept_bytes = 0
+        self._thread: ThreadPoolExecutor | None = None
 
     def admit(self, weight: Packed) -> None:
-        """Nothing to prepare."""
+        self._order[weight.data.data_ptr()] = weight
+
+    def settle(self, room_bytes: int) -> int:
+        """Forgets what is kept beyond. The block in work and the one ahead of it are needed in any case."""
+        sizes = sorted((weight.numel for weight in self._order.values()), reverse=True)
+        in_work = sum(sizes[: self.AHEAD + 2])
+        self._room_bytes = max(0, room_bytes - in_work) if sum(sizes) > room_bytes else room_bytes
+        if self._kept_bytes > self._room_bytes:
+            self._ready.clear()
+            self._kept_bytes = 0
+        return min(sum(sizes), max(room_bytes, in_work))
 
     def linear(
         self, x: Tensor | Shared, weight: Packed, bias: Tensor | None, *, gelu: bool = False
     ) -> Tensor:
-        """float32 [..., N], or after GELU bfloat16."""
-        shared = x if isinstance(x, Shared) else Shared(x)
-        shape = shared.x.shape
-        ready = self._ready(weight)
+        """float32 [..., N]"""
+        given = x if isinstance(x, Shared) else Shared(x)
+        shape = given.x.shape
+        ready = self._converted(weight)
         n_rows = shape[:-1].numel()
+        rows = given.made("int8", lambda x: quantize_rows(x.flatten(0, -2), given.low))
         parts = list(pieces(n_rows, ready.n_out))
-        rows = shared.made("int8", lambda x: quantize_rows(x.flatten(0, -2)))
-        if len(parts) == 1 and not gelu:
-            return product(rows, ready, bias).view(*shape[:-1], -1)
-        out = torch.empty(n_rows, ready.n_out, dtype=self.dtype if gelu else torch.float32)
+        out = torch.empty(n_rows, ready.n_out) if len(parts) > 1 else None
         for part in parts:
-            piece = Rows(rows.q_MK[part], rows.step_M1[part], rows.centre_M1[part])
-            y = product(piece, ready, bias)
-            out[part] = gelu_(y) if gelu else y
-        return out.view(*shape[:-1], -1)
+            y = product(rows[part], ready, bias)
+            y = gelu_(y) if gelu else y
+            if out is not None:
+                out[part] = y
+        return (y if out is None else out).view(*shape[:-1], -1)
 
     def fuses_gelu(self, device: torch.device) -> bool:
         return True
@@ -172,9 +210,34 @@ class Int8:
     def rows_at_once(self, n_out: int) -> int:
         return rows_in_cache(n_out)
 
-    def _ready(self, weight: Packed) -> Weight:
+    def _converted(self, weight: Packed) -> Weight:
+        """From what is kept, or from the thread, or made here; and the next ones are sent for."""
         key = weight.data.data_ptr()
-        if key not in self._weights:
-            with torch.inference_mode(False):
-                self._weights[key] = prepare(weight)
-        return self._weights[key]
+        if key in self._ready:
+            return self._ready[key]
+        coming = self._coming.pop(key, None)
+        self._send_for_those_after(key)
+        made = _prepare_and_drop(weight) if coming is None else coming.result()
+        if self._kept_bytes + made.nbytes <= self._room_bytes:
+            self._ready[key] = made
+            self._kept_bytes += made.nbytes
+        return made
+
+    def _send_for_those_after(self, key: int) -> None:
+        if len(self._following) != len(self._order):
+            keys = list(self._order)
+            self._following = dict(zip(keys, keys[1:] + keys[:1], strict=True))
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "int8")
+        for _ in range(self.AHEAD):
+            key = self._following.get(key, key)
+            if key in self._order and key not in self._ready and key not in self._coming:
+                self._coming[key] = self._thread.submit(_prepare_and_drop, self._order[key])
+
+
+def _prepare_and_drop(weight: Packed) -> Weight:
+    """`prepare`, then let go of the file's pages: they are not needed beside the converted weight."""
+    with torch.inference_mode(False), torch.no_grad():
+        made = prepare(weight)
+    weight.drop_pages()
+    return made

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mutoscope.engine import pages
 from mutoscope.engine.gguf import GGMLType
 from mutoscope.engine.quants import dequantize, dequantize_rows
 
@@ -33,11 +34,15 @@ FLOATS: dict[int, torch.dtype] = {
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A tensor as stored: uint8 [nbytes], usually memory of the mapped file, never written to."""
+    """A tensor as stored: uint8 [nbytes], usually memory of the mapped file, never written to.
+
+    mapped_at: its address, if it is memory of a mapped file; a copy of it has another one.
+    """
 
     data: Tensor
     type_id: int
     shape: tuple[int, ...]
+    mapped_at: int = 0
 
     @property
     def numel(self) -> int:
@@ -55,14 +60,23 @@ class Packed:
         return dequantize(self.type_id, self.data, dtype, out).view(self.shape)
 
     def to(self, device: torch.device) -> Packed:
-        return Packed(self.data.to(device), self.type_id, self.shape)
+        return Packed(self.data.to(device), self.type_id, self.shape, self.mapped_at)
+
+    def drop_pages(self) -> None:
+        """Let go of its pages of the mapped file; they are read again when needed."""
+        if self.mapped_at and self.data.data_ptr() == self.mapped_at:
+            pages.drop(self.data)
 
 
 class Shared:
-    """Activations that go into several layers; what one of them makes of these is kept for the others."""
+    """Activations that go into several layers; what one of them makes of these is kept for the others.
 
-    def __init__(self, x: Tensor) -> None:
+    low: what no number of them is below, if that is known.
+    """
+
+    def __init__(self, x: Tensor, low: float | None = None) -> None:
         self.x = x
+        self.low = low
         self._made: dict[str, Any] = {}
 
     def made(self, what: str, make: Callable[[Tensor], Any]) -> Any:
@@ -72,9 +86,9 @@ class Shared:
         return self._made[what]
 
 
-def shared(x: Tensor, *layers: nn.Module) -> Tensor | Shared:
-    """`x` to be given to all these layers in turn. It must not be changed in between."""
-    return Shared(x) if all(getattr(layer, "takes_shared", False) for layer in layers) else x
+def shared(x: Tensor, *layers: nn.Module, low: float | None = None) -> Tensor | Shared:
+    """`x` to be given to all these layers in turn. It must not be changed in between. `low`: see `Shared`."""
+    return Shared(x, low) if all(getattr(layer, "takes_shared", False) for layer in layers) else x
 
 
 class Precision(Protocol):
@@ -85,6 +99,9 @@ class Precision(Protocol):
 
     def admit(self, weight: Packed) -> None:
         """Called once for every weight that will be used, before the first product."""
+
+    def settle(self, room_bytes: int) -> int:
+        """How much memory it may keep between products beside that of one product; how much of it it will use."""
 
     def linear(
         self, x: Tensor | Shared, weight: Packed, bias: Tensor | None, *, gelu: bool = False
@@ -102,16 +119,26 @@ class Precision(Protocol):
 
 
 class Unpacked:
-    """The exact weights, rounded to `dtype`, and a dense product in that dtype."""
+    """The exact weights, rounded to `dtype`, and a dense product in that dtype.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    With `drop`, every weight's pages of the file are let go of after its product.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, drop: bool = False) -> None:
         self.dtype = dtype
+        self.drop = drop
         self.buffer_numel = 0
+        self._file_bytes = 0
         self._buffers: dict[torch.device, Tensor] = {}
 
     def admit(self, weight: Packed) -> None:
+        self._file_bytes += weight.data.nbytes
         if not weight.is_plain(self.dtype):
             self.buffer_numel = max(self.buffer_numel, weight.numel)
+
+    def settle(self, room_bytes: int) -> int:
+        self.drop = self._file_bytes > room_bytes
+        return 0 if self.drop else self._file_bytes
 
     def linear(
         self, x: Tensor | Shared, weight: Packed, bias: Tensor | None, *, gelu: bool = False
@@ -120,9 +147,13 @@ class Unpacked:
         x = x.made(str(self.dtype), self._convert) if isinstance(x, Shared) else x.to(self.dtype)
         b = None if bias is None else bias.to(self.dtype)
         if self.fuses_gelu(w.device):
-            return _linear_pointwise(x, w, b, gelu)
-        y = F.linear(x, w, b)
-        return F.gelu(y, approximate="tanh") if gelu else y
+            y = _linear_pointwise(x, w, b, gelu)
+        else:
+            y = F.linear(x, w, b)
+            y = F.gelu(y, approximate="tanh") if gelu else y
+        if self.drop:
+            weight.drop_pages()
+        return y
 
     def fuses_gelu(self, device: torch.device) -> bool:
         return device.type == "cpu" and self.dtype == torch.bfloat16 and _has_linear_pointwise()
@@ -164,6 +195,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.type_id = weight.type_id
+        self.mapped_at = weight.mapped_at
         self.precision = precision
         self.register_buffer("packed", weight.data, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -171,7 +203,7 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Packed:
-        return Packed(self.packed, self.type_id, (self.out_features, self.in_features))
+        return Packed(self.packed, self.type_id, (self.out_features, self.in_features), self.mapped_at)
 
     @property
     def fuses_gelu(self) -> bool:
@@ -192,6 +224,18 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {GGMLType(self.type_id).name}"
+
+
+def settle(model: nn.Module, room_bytes: int) -> int:
+    """Share out memory that may be kept between products: converted weights first, then pages of the file.
+
+    Returns how much will be used, which can be more: what cannot be done without.
+    """
+    found = {layer.precision: None for layer in model.modules() if isinstance(layer, QuantLinear)}
+    used = 0
+    for precision in sorted(found, key=lambda p: isinstance(p, Unpacked)):
+        used += precision.settle(max(0, room_bytes - used))
+    return used
 
 
 class QuantEmbedding(nn.Module):

@@ -20,6 +20,9 @@ from mutoscope.errors import ResourceError
 from mutoscope.request import GenerationRequest
 
 MIB = 1 << 20
+GIB = 1 << 30
+FREE_SHARE = 0.8
+"""Of the free memory that may be used for keeping weights where nothing was said: others want some too."""
 RUNTIME_BYTES = 600 * MIB
 """160 MiB of interpreter, torch and libraries; the rest is the tokenizer of a full-size text encoder."""
 PROMPT_TOKENS = 130
@@ -89,24 +92,58 @@ def available(device: torch.device) -> int:
 
 
 def check(
-    config: WanConfig, request: GenerationRequest, device: torch.device, *, vae_base_dim: int = 96
-) -> None:
-    """Raise ResourceError before any work if the clip cannot fit. The runtime is there already."""
+    config: WanConfig,
+    request: GenerationRequest,
+    device: torch.device,
+    *,
+    vae_base_dim: int = 96,
+    itemsize: int | None = None,
+    promised: int | None = None,
+    resident: int = 0,
+) -> Need:
+    """What the clip needs. Raises ResourceError before any work if it cannot fit.
+
+    promised: bytes that the whole process may use; without it, what is free counts, and the runtime is there already.
+    resident: bytes of weights that are there all the time.
+    """
     assert request.width is not None and request.height is not None and request.frames is not None  # noqa: PT018
-    need = estimate(
-        config,
-        request.width,
-        request.height,
-        request.frames,
-        n_references=request.conditioning.n_references,
-        guided=request.guidance != 1.0,
-        vae_base_dim=vae_base_dim,
-        itemsize=default_compute_dtype(device).itemsize,
-    )
+
+    def need_of(frames: int) -> Need:
+        need = estimate(
+            config,
+            request.width or 0,
+            request.height or 0,
+            frames,
+            n_references=request.conditioning.n_references,
+            guided=request.guidance != 1.0,
+            vae_base_dim=vae_base_dim,
+            itemsize=itemsize or default_compute_dtype(device).itemsize,
+        )
+        return Need(need.denoise + resident, need.decode + resident, need.encode + resident)
+
+    need = need_of(request.frames)
+    what = f"{request.width}x{request.height} with {request.frames} frames needs about"
+    if promised is not None:
+        if need.peak > promised:
+            shorter = range(request.frames - TEMPORAL_STRIDE, 0, -TEMPORAL_STRIDE)
+            fits = next((n for n in shorter if need_of(n).peak <= promised), 0)
+            instead = f"{fits} frames of this size would fit" if fits else "no clip of this size would fit"
+            raise ResourceError(
+                f"{what} {need.peak / GIB:.2f} GiB of memory, {promised / GIB:.2f} GiB are allowed.",
+                hint=f"{instead[0].upper()}{instead[1:]}; or ask for a smaller size, or allow more.",
+            )
+        return need
     more, have = need.peak - RUNTIME_BYTES, available(device)
     if more > have:
         raise ResourceError(
-            f"{request.width}x{request.height} with {request.frames} frames needs about {more / 1e9:.1f} GB "
-            f"of memory, {have / 1e9:.1f} GB are free on {device}.",
+            f"{what} {more / 1e9:.1f} GB of memory, {have / 1e9:.1f} GB are free on {device}.",
             hint="Ask for a smaller size or fewer frames, or close other programs.",
         )
+    return need
+
+
+def room(need: Need, device: torch.device, promised: int | None, *, now: int) -> int:
+    """Bytes left for keeping weights while a stage that needs `now` runs."""
+    if promised is not None:
+        return max(0, promised - now)
+    return max(0, int(FREE_SHARE * available(device)) - (need.peak - RUNTIME_BYTES))

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from mutoscope.catalog import find_model
-from mutoscope.engine import conditioning, latents, lora, memory, sampler, tiling, weights
+from mutoscope.engine import conditioning, latents, lora, memory, pages, sampler, tiling, weights
+from mutoscope.engine.linear import settle
 from mutoscope.engine.precision import checked, compute_dtype
 from mutoscope.engine.tokenizer import Tokenizer, clean_text
 from mutoscope.engine.umt5 import UMT5Encoder
@@ -35,7 +36,7 @@ from mutoscope.errors import OutputError, RequestError
 from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
 from mutoscope.manifest import ModelManifest, suggest
 from mutoscope.media.write import VideoWriter
-from mutoscope.planning import describe, plan
+from mutoscope.planning import describe, plan, size_bytes
 from mutoscope.request import Conditioning, FramesHWC, GenerationRequest
 
 MAX_TEXT_TOKENS = 512
@@ -45,11 +46,19 @@ PREVIEW_STEPS = 5
 class Models:
     """The three networks of a model set, opened when first needed and kept. Weights stay in their mapped files.
 
-    precision: see `precision.py`.
+    precision: see `precision.py`. memory_bytes: what this process may use in all while it makes a clip; None: what is
+    free.
     """
 
-    def __init__(self, manifest: ModelManifest, device: str = "cpu", precision: str = "auto") -> None:
+    def __init__(
+        self,
+        manifest: ModelManifest,
+        device: str = "cpu",
+        precision: str = "auto",
+        memory_bytes: int | None = None,
+    ) -> None:
         self.manifest = manifest
+        self.memory_bytes = memory_bytes
         self.device = torch.device(device)
         self.precision = checked(precision)
         self._rows: dict[str, Tensor] = {}
@@ -58,11 +67,13 @@ class Models:
     @cached_property
     def text(self) -> tuple[UMT5Encoder, Tokenizer]:
         path = self.manifest.files.text_encoder.path
-        encoder, metadata = weights.load_umt5(path, device=self.device, compute_dtype=self._dtype)
+        encoder, metadata = weights.load_umt5(path, device=self.device, compute_dtype=self.dtype)
         return encoder, Tokenizer.from_metadata(metadata)
 
     @cached_property
     def dit(self) -> WanModel:
+        if self.device.type == "cpu":
+            pages.reuse_freed()
         files = self.manifest.files
         paths = [files.dit.path, *(extra.path for extra in files.dit_extra)]
         return weights.load_wan(paths, device=self.device, precision=self.precision)
@@ -89,10 +100,10 @@ class Models:
 
     @cached_property
     def vae(self) -> WanVAE:
-        return weights.load_vae(self.manifest.files.vae.path, device=self.device, compute_dtype=self._dtype)
+        return weights.load_vae(self.manifest.files.vae.path, device=self.device, compute_dtype=self.dtype)
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         return compute_dtype(self.precision, self.device)
 
     def text_rows(self, prompt: str) -> Tensor:
@@ -105,6 +116,20 @@ class Models:
                 self._rows.pop(next(iter(self._rows)))
             self._rows[prompt] = encoder(ids)
         return self._rows[prompt]
+
+    @cached_property
+    def resident_bytes(self) -> int:
+        """Weights that stay in memory whatever is asked for."""
+        small = (p.nbytes for model in (self.dit, self.vae) for p in model.parameters())
+        return sum(small) + (settle(self.dit, 0) if self.device.type == "cpu" else 0)
+
+    def settle(self, need: memory.Need, now: int) -> None:
+        """Keep of the weights what leaves room for a stage that needs `now` bytes, and give the rest back."""
+        if self.memory_bytes is not None:
+            self.__dict__.pop("text", None)  # its tokenizer takes half a gigabyte, and a second to make
+        if self.device.type == "cpu":
+            settle(self.dit, memory.room(need, self.device, self.memory_bytes, now=now))
+            pages.give_back()
 
 
 @torch.inference_mode()
@@ -129,7 +154,7 @@ def generate(
     info = describe(request, models.manifest)
 
     yield Stage(name="load", seconds=clock.seconds)
-    _check_models(models, request)
+    need = _check_models(models, request)
     loras = models.open_loras(request)
 
     yield Stage(name="text", seconds=clock.seconds)
@@ -138,6 +163,7 @@ def generate(
     yield Stage(name="conditioning", seconds=clock.seconds)
     vace = _vace_tokens(models, request, loras, dump_conditioning)
 
+    models.settle(need, need.denoise)
     yield Stage(name="denoise", seconds=clock.seconds)
     n_references = request.conditioning.n_references
     shape = latents.shape(models.dit.config.out_dim, request, n_references)
@@ -169,6 +195,7 @@ def generate(
             "The latents are not numbers any more.", hint="Try another seed, sampler or guidance."
         )
     del text, vace, velocity  # large, and decoding needs the memory
+    models.settle(need, need.decode)
     yield Stage(name="decode", seconds=clock.seconds)
     yield from decode(models.vae, latest)
     yield Result(seconds=clock.seconds, info=info, latents=keep_latents)
@@ -213,7 +240,7 @@ def write(
             writer.abort()  # does nothing once closed
 
 
-def _check_models(models: Models, request: GenerationRequest) -> None:
+def _check_models(models: Models, request: GenerationRequest) -> memory.Need:
     """Opens the networks, and checks what only they can tell."""
     config = models.dit.config
     if not config.vace_layers and not request.conditioning.is_empty:
@@ -221,7 +248,15 @@ def _check_models(models: Models, request: GenerationRequest) -> None:
             f"{models.manifest.name} follows text only, but the request has pictures, clips, masks or tracks.",
             hint="Choose a VACE model.",
         )
-    memory.check(config, request, models.device, vae_base_dim=models.vae.config.base_dim)
+    return memory.check(
+        config,
+        request,
+        models.device,
+        vae_base_dim=models.vae.config.base_dim,
+        itemsize=models.dtype.itemsize,
+        promised=models.memory_bytes,
+        resident=models.resident_bytes,
+    )
 
 
 def _text_context(models: Models, request: GenerationRequest, loras: lora.Loras) -> TextContext:
@@ -329,7 +364,8 @@ class Engine:
     """A model, ready to make videos.
 
     model: "pocket" (built in), an installed model's name, or the path of a model.toml. device: "cpu", "cuda", ... ;
-    None takes a GPU if there is one. precision: "auto", "exact", "bf16" or "int8" (see `precision.py`).
+    None takes a GPU if there is one. precision: "auto", "exact", "bf16" or "int8" (see `precision.py`). memory: a
+    promise like "12GiB" or a number of bytes: the process stays below it, or a clip is refused before any work.
     """
 
     def __init__(
@@ -338,10 +374,12 @@ class Engine:
         *,
         device: str | None = None,
         precision: str = "auto",
+        memory: str | int | None = None,
         models_dir: Path | None = None,
     ) -> None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.models = Models(find_model(model, models_dir), device, precision)
+        promised = size_bytes(memory) if isinstance(memory, str) else memory
+        self.models = Models(find_model(model, models_dir), device, precision, promised)
 
     def plan(self, request: GenerationRequest) -> GenerationRequest:
         """The request as it will run: see `planning.plan`."""

@@ -209,10 +209,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32"""
+        """float32; may overwrite x."""
         if not _may_overwrite():
             return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
-        y = x.to(torch.float32, copy=True)
+        y = x.to(torch.float32)
         mean_square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         return y.mul_(mean_square.add_(self.eps).rsqrt_()).mul_(self.weight)
 
@@ -261,6 +261,10 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | float) -> Tensor:
     if not _may_overwrite():
         return x + y.float() * gate
     return x.add_(y, alpha=gate) if isinstance(gate, float) else x.addcmul_(y, gate)
+
+
+GELU_LOW = -0.1701
+"""GELU gives nothing below: its least is -0.17004, with the tanh approximation."""
 
 
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
@@ -331,7 +335,8 @@ class Block(nn.Module):
         x = add_gated(x, self.cross_attn(self.norm3(x), k, v, bias), 1.0)
         for part in self._ffn_parts(x):
             y = modulated_norm(part, scale_f, shift_f, self.eps)
-            y = add_gated(part, self.ffn["2"](gelu_of(self.ffn["0"], y)), gate_f)
+            y = shared(gelu_of(self.ffn["0"], y), self.ffn["2"], low=GELU_LOW)
+            y = add_gated(part, self.ffn["2"](y), gate_f)
         return x if y.data_ptr() == part.data_ptr() else y
 
     def _ffn_parts(self, x: Tensor) -> Sequence[Tensor]:

@@ -69,13 +69,16 @@ class Stored:
     nbytes: int
     path: Path
     read: Callable[[], Tensor]
+    mapped: bool = True
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     def packed(self, shape: Sequence[int] | None = None) -> Packed:
-        return Packed(self.read(), self.type_id, tuple(shape or self.shape))
+        data = self.read()
+        at = data.data_ptr() if self.mapped else 0
+        return Packed(data, self.type_id, tuple(shape or self.shape), at)
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def _read_pytorch(path: Path) -> tuple[Mapping[str, Any], list[Stored]]:
             raise WeightError(f"{path.name}: tensor {name!r} is {tensor.dtype}, expected 16/32-bit floats")
         type_id = _TYPE_OF[tensor.dtype]
         nbytes = tensor.numel() * tensor.itemsize
-        tensors.append(Stored(name, tuple(tensor.shape), type_id, nbytes, path, reader(tensor)))
+        tensors.append(Stored(name, tuple(tensor.shape), type_id, nbytes, path, reader(tensor), mapped=False))
     return {}, tensors
 
 
@@ -352,7 +355,7 @@ def load_umt5(
     config = umt5.UMT5Config.from_tensors(supply.shapes, supply.metadata)
     with torch.device("meta"):
         model = umt5.UMT5Encoder(config)
-    precision = Unpacked(compute_dtype or default_compute_dtype(device))
+    precision = Unpacked(compute_dtype or default_compute_dtype(device), drop=True)  # used once per prompt
     _fill(model, supply, device, lambda path, weight: precision)
     return model, source.metadata
 

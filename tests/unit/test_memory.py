@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 from mutoscope.engine import memory
 from mutoscope.engine.linear import default_compute_dtype
 from mutoscope.engine.wan import WanConfig
-from mutoscope.errors import ResourceError
+from mutoscope.errors import RequestError, ResourceError
+from mutoscope.planning import size_bytes
 from mutoscope.request import Conditioning, GenerationRequest
 
 WAN = dict(in_dim=16, out_dim=16, text_dim=4096, freq_dim=256)
@@ -101,3 +104,57 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_available_is_less_than_all_there_is() -> None:
     assert 0 < memory.available(CPU) < 1 << 50
+
+
+def test_a_promise_counts_everything_and_says_what_would_fit() -> None:
+    need = memory.estimate(VACE, 832, 480, 81).peak
+    assert memory.check(VACE, planned(), CPU, itemsize=2, promised=need).peak == need
+    assert memory.check(VACE, planned(), CPU, itemsize=2, promised=need + 5, resident=5).peak == need + 5
+    with pytest.raises(ResourceError) as caught:
+        memory.check(VACE, planned(), CPU, itemsize=2, promised=need - 1)
+    fewer = int(caught.value.hint.split()[0])
+    assert fewer % 4 == 1
+    sizes = [memory.estimate(VACE, 832, 480, n).peak for n in (fewer, fewer + 4)]
+    assert sizes[0] <= need - 1 < sizes[1]
+    with pytest.raises(ResourceError) as caught:
+        memory.check(VACE, planned(), CPU, itemsize=2, promised=memory.MIB)
+    assert "no clip" in caught.value.hint.lower()
+
+
+def test_room_is_what_the_stage_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = memory.Need(denoise=memory.RUNTIME_BYTES + 40, decode=memory.RUNTIME_BYTES + 30)
+    assert memory.room(need, CPU, memory.RUNTIME_BYTES + 100, now=need.decode) == 70
+    assert memory.room(need, CPU, memory.RUNTIME_BYTES, now=need.decode) == 0
+    monkeypatch.setattr(memory, "available", lambda device: 1000)
+    assert memory.room(need, CPU, None, now=need.decode) == 760
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("12GiB", 12 << 30), ("700 mib", 700 << 20), ("1.5GB", 1_500_000_000), ("64", 64)]
+)
+def test_amounts(text: str, expected: int) -> None:
+    assert size_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "0MiB", "1TiBB", "1e9"])
+def test_no_amounts(text: str) -> None:
+    with pytest.raises(RequestError, match="no amount of memory"):
+        size_bytes(text)
+
+
+_ONE_CLIP = """
+import resource, sys
+from mutoscope import Engine
+Engine("pocket", device="cpu", memory=sys.argv[1]).generate("a red ball falls", seed=1, steps=2)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+"""
+
+
+def test_the_starter_keeps_the_promise() -> None:
+    """Peak of a whole process, imports included: 386 MiB measured."""
+    run = subprocess.run(
+        [sys.executable, "-c", _ONE_CLIP, "700MiB"], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < 700 * memory.MIB
+    refused = subprocess.run([sys.executable, "-c", _ONE_CLIP, "400MiB"], capture_output=True, text=True)
+    assert "0.39 GiB are allowed" in refused.stderr

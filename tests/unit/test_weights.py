@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -226,6 +228,38 @@ def test_loading_does_not_read_the_file(tmp_path):
     assert psutil.Process().memory_info().rss - before < 24 << 20
     assert rows.shape == (1, 3, 1536)
     assert rows.isfinite().all()
+
+
+def resident_kb(at: int) -> int:
+    """Of the mapping that holds an address: kilobytes in memory (`Rss` of smaps)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= at < int(match[2], 16)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1])
+    raise AssertionError("not mapped")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no smaps")
+def test_pages_are_dropped_and_read_again(tmp_path):
+    writer = GGUFWriter(tmp_path / "a.gguf", {})
+    values = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    writer.add("w", (1024, 1024), F16, lambda: values.astype(np.float16))
+    writer.write()
+    weight = open_weights(tmp_path / "a.gguf").tensors["w"].packed()
+    layer = QuantLinear(weight, None, Unpacked(torch.float32, drop=False))
+    x = torch.randn(2, 1024)
+    first = layer(x)
+    assert resident_kb(weight.mapped_at) > 1900
+    layer.precision.drop = True
+    assert torch.equal(layer(x), first)
+    assert resident_kb(weight.mapped_at) < 200
+    assert torch.equal(layer(x), first)
+    copied = copy.deepcopy(layer)  # on the heap, where dropping would lose it
+    assert copied.packed.data_ptr() != weight.mapped_at
+    for _ in range(2):
+        assert torch.equal(copied(x), first)
 
 
 def test_packed_bytes_move_and_stay_bytes(tensors):
