@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mutoscope.errors import RequestError
 from mutoscope.jobs.model import Resolved
+from mutoscope.jobs.resolve import LEAST_FPS
 from mutoscope.jobs.spec import JobSpec, Media
 from mutoscope.media.read import probe
 from mutoscope.planning import TEMPORAL_STRIDE
@@ -19,13 +20,14 @@ from mutoscope.request import BoxTrack, Conditioning, GenerationRequest, Keyfram
 Files = Mapping[Media, Path]
 SAME_ASPECT = 0.01
 """Aspect ratios closer than that are the same: sizes are multiples of 16."""
+MOST_FPS = 60.0
 
 
 def generation_request(spec: JobSpec, resolved: Resolved, files: Files) -> GenerationRequest:
     """What the engine is asked for.
 
     A source or control clip shorter than the video makes the video shorter: its length could not be known when
-    the job was made.
+    the job was made. If no length was asked for, the video lasts as long as the clip that it follows.
 
     Raises:
         RequestError, MediaError: what only shows with the files at hand.
@@ -44,7 +46,7 @@ def generation_request(spec: JobSpec, resolved: Resolved, files: Files) -> Gener
         width=resolved.width,
         height=resolved.height,
         frames=frames,
-        fps=resolved.fps,
+        fps=_fps(spec, resolved, frames, files),
         steps=resolved.steps,
         guidance=spec.guidance,
         shift=spec.shift,
@@ -117,6 +119,16 @@ def _frames(spec: JobSpec, resolved: Resolved, files: Files) -> int:
             if have > 1:  # a still is refused by the engine, with a better message
                 frames = min(frames, max(1, (have - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1))
     return frames
+
+
+def _fps(spec: JobSpec, resolved: Resolved, frames: int, files: Files) -> float:
+    """Frames a second: as resolved, or those at which frames taken evenly from a clip keep its pace."""
+    followed = spec.source or spec.control
+    asked = (spec.seconds, spec.frames, spec.fps)
+    if followed is None or frames == 1 or any(value is not None for value in asked):
+        return resolved.fps
+    duration_s = probe(files[followed]).duration_s
+    return min(MOST_FPS, max(LEAST_FPS, frames / duration_s)) if duration_s > 0 else resolved.fps
 
 
 def _prompt(spec: JobSpec) -> str:

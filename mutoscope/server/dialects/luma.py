@@ -26,7 +26,7 @@ from mutoscope.server import edge
 from mutoscope.server.context import Context
 from mutoscope.server.dialects import inputs
 from mutoscope.server.dialects.coverage import IGNORED, REFUSED, SUPPORTED, Part, Route
-from mutoscope.server.dialects.inputs import Named
+from mutoscope.server.dialects.inputs import File, Named
 from mutoscope.server.dialects.luma_bodies import (
     CAMERA_MOTIONS,
     CONCEPTS,
@@ -154,7 +154,7 @@ def _creating(api: APIRouter, ctx: Context) -> None:
                 body = body_of(kind, value)
                 named = list(body.named())
                 to_spec(
-                    body, {one.uri: _PLACEHOLDER for one in named}
+                    body, {one.uri: File(_PLACEHOLDER, one.kind) for one in named}
                 )  # refused before files are looked into
                 return body, value, inputs.look(named, ctx.settings)
 
@@ -301,7 +301,8 @@ _VIDEO = (
     Part("prompt", SUPPORTED), Part("aspect_ratio", SUPPORTED), Part("resolution", SUPPORTED),
     Part("duration", SUPPORTED, "1s to 30s"),
     Part("loop", SUPPORTED, "with an image as frame0; refused for text alone"),
-    Part("keyframes.frame0", SUPPORTED), Part("keyframes.frame1", SUPPORTED),
+    Part("keyframes.frame0", SUPPORTED, "a generation: its end is the first half of the video at most"),
+    Part("keyframes.frame1", SUPPORTED, "a generation: its beginning is the last half of the video at most"),
     Part("concepts", SUPPORTED, "camera moves, as words of the prompt"),
     Part("callback_url", SUPPORTED), Part("generation_type", SUPPORTED),
 )  # fmt: skip
@@ -326,7 +327,9 @@ COVERAGE: tuple[Route, ...] = (
     Route("POST", "/generations/video/reframe", SUPPORTED, "", (*_REFRAME, Part("first_frame", SUPPORTED))),
     Route("POST", "/generations/video/modify", SUPPORTED, "", (
         Part("mode", SUPPORTED, "how closely the source's brightness is followed: adhere_1 1.0 to reimagine_3 0.2"),
-        Part("media", SUPPORTED), Part("prompt", SUPPORTED), Part("first_frame", SUPPORTED),
+        Part("media", SUPPORTED, "the result is as long, and as large up to 1080p; 720p for a URL, whose size is not "
+             "known yet"),
+        Part("prompt", SUPPORTED), Part("first_frame", SUPPORTED),
         Part("model", SUPPORTED), Part("callback_url", SUPPORTED),
     )),
     Route("POST", "/generations/{generation_id}/upscale", SUPPORTED, "a new generation; resampled, nothing is invented",

@@ -24,9 +24,9 @@ from mutoscope.server import edge
 from mutoscope.server.context import Context
 from mutoscope.server.dialects import inputs, luma_agents_files
 from mutoscope.server.dialects.coverage import IGNORED, REFUSED, SUPPORTED, Part, Route
+from mutoscope.server.dialects.inputs import File
 from mutoscope.server.dialects.luma_agents_bodies import (
     FOLLOWED,
-    File,
     GenerationBody,
     ImageRef,
     Impossible,
@@ -176,9 +176,7 @@ def _files(ctx: Context, tx: Tx, caller: Caller, asked: Asked) -> dict[ImageRef,
             file = _made(tx, caller, one, ref.generation_id)
         else:
             assert ref.uri is not None
-            inside = asked.found.get(ref.uri)
-            info = {} if inside is None else inside.probed.info()
-            file = _file(kept[ref.uri], one.kind, info)
+            file = kept[ref.uri]
         files[ref] = file
     return files
 
@@ -192,7 +190,7 @@ def _uploaded(tx: Tx, caller: Caller, one: Named, file_id: str) -> File:
     held = asset.info.get("kind")  # an animation serves as both
     if held in ("image", "video") and held != one.kind:
         raise Impossible(f"{field}: is {asset.mime}, {one.kind}/* expected.", field=field)
-    return _file(asset.media, one.kind, asset.info)
+    return File.of(asset.media, one.kind, asset.info)
 
 
 def _made(tx: Tx, caller: Caller, one: Named, generation_id: str) -> File:
@@ -210,15 +208,9 @@ def _made(tx: Tx, caller: Caller, one: Named, generation_id: str) -> File:
     )  # fmt: skip
 
 
-def _file(media: Media, kind: Any, info: Mapping[str, Any]) -> File:
-    """From what a probe found."""
-    size = (info["width"], info["height"]) if info.get("width") and info.get("height") else None
-    return File(media, kind, info.get("seconds") or None, info.get("frames") or None, size)
-
-
 _PLACEHOLDER = Media(asset="not-kept-yet")
 
-_FRAME = "a picture; the generation_id of a video extends it"
+_FRAME = "a picture; the generation_id of a video extends it: half of the new video is its end (or beginning)"
 COVERAGE: tuple[Route, ...] = (
     Route("POST", "/generations", SUPPORTED, "", (
         Part("prompt", SUPPORTED, "1 to 6,000 characters"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +16,7 @@ from mutoscope.jobs.errors import InvalidRequest, Unsupported
 from mutoscope.jobs.inline import InputKind
 from mutoscope.jobs.resolve import aspect_of
 from mutoscope.jobs.spec import JobSpec, Keyframe, Media, Outpaint, Reference, Tier
+from mutoscope.server.dialects.inputs import File
 from mutoscope.server.dialects.luma_bodies import MODES, Mode
 
 Model = Literal["uni-1", "uni-1-max", "ray-3.2"]
@@ -191,17 +191,6 @@ class SentFileBody(Strict):
     filename: str | None = Field(None, max_length=255)
     purpose: Purpose = "input"
     user_id: str | None = Field(None, max_length=256)
-
-
-@dataclass(frozen=True)
-class File:
-    """What a reference turned out to be. Seconds and frames: of a clip. None: not known yet, of a URL."""
-
-    media: Media
-    kind: InputKind
-    seconds: float | None = None
-    frames: int | None = None
-    size: tuple[int, int] | None = None  # width and height, pixels
 
 
 Files = Mapping[ImageRef, File]

@@ -12,15 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mutoscope.jobs.errors import InvalidRequest, Unsupported
-from mutoscope.jobs.spec import JobSpec, Keyframe, Media, Outpaint, Reference
-from mutoscope.server.dialects.inputs import Named
+from mutoscope.jobs.spec import JobSpec, Keyframe, Media, Outpaint, Reference, Tier
+from mutoscope.server.dialects.inputs import File, Named, like
 
 Aspect = Literal["1:1", "16:9", "9:16", "4:3", "3:4", "21:9", "9:21"]
 VideoModel = Literal["ray-2", "ray-flash-2", "ray-1-6"]
 ImageModel = Literal["photon-1", "photon-flash-1"]
 RESOLUTIONS = ("540p", "720p", "1080p", "4k")
-DEFAULT_RESOLUTION = "720p"
-IMAGE_RESOLUTION = "1080p"
+DEFAULT_RESOLUTION: Tier = "720p"
+IMAGE_RESOLUTION: Tier = "1080p"
 PROMPT = (3, 5000)
 LONGEST_S = 30
 
@@ -205,7 +205,7 @@ class UpscaleBody(Body):
     resolution: str | None = None
 
 
-Files = Mapping[str, Media]
+Files = Mapping[str, File]
 
 
 def video_spec(body: VideoBody, files: Files) -> JobSpec:
@@ -220,7 +220,7 @@ def video_spec(body: VideoBody, files: Files) -> JobSpec:
         _check_loop(first, last)
     words = [prompt, *(_concept(c.key) for c in body.concepts)]
     keyframes = [
-        Keyframe(media=files[frame.url], at=at)
+        Keyframe(media=files[frame.url].media, at=at)
         for frame, at in ((first, 0.0), (last, 1.0))
         if isinstance(frame, ImageFrame)
     ]
@@ -240,7 +240,7 @@ def video_spec(body: VideoBody, files: Files) -> JobSpec:
 
 def image_spec(body: ImageBody, files: Files) -> JobSpec:
     """A picture; every kind of reference is shown to the model as one."""
-    pictures = tuple(Reference(media=files[url], weight=weight) for _, url, weight in body.pictures())
+    pictures = tuple(Reference(media=files[url].media, weight=weight) for _, url, weight in body.pictures())
     return JobSpec(
         operation="image", model=body.model, prompt=_prompt(body.prompt, needed=not pictures),
         references=pictures, aspect_ratio=body.aspect_ratio, resolution=IMAGE_RESOLUTION,
@@ -252,11 +252,12 @@ def reframe_spec(body: ReframeBody, files: Files) -> JobSpec:
     """New picture around the source."""
     margins = _margins(body)
     is_image = body.generation_type == "reframe_image"
-    first = body.first_frame
+    first, source = body.first_frame, files[body.media.url]
     return JobSpec(
         operation="image" if is_image else "video", model=body.model, prompt=body.prompt,
-        source=files[body.media.url], outpaint=margins, reframe="" if margins else "fit",
-        keyframes=(Keyframe(media=files[first.url]),) if first is not None else (),
+        source=source.media, seconds=None if is_image else _clip_seconds(source),
+        outpaint=margins, reframe="" if margins else "fit",
+        keyframes=(Keyframe(media=files[first.url].media),) if first is not None else (),
         aspect_ratio=body.aspect_ratio, resolution=IMAGE_RESOLUTION if is_image else DEFAULT_RESOLUTION,
         format=("jpeg" if body.format == "jpg" else "png") if is_image else None,
         webhook_url=body.callback_url,
@@ -264,12 +265,14 @@ def reframe_spec(body: ReframeBody, files: Files) -> JobSpec:
 
 
 def modify_spec(body: ModifyBody, files: Files) -> JobSpec:
-    """The source's structure with another content."""
-    first = body.first_frame
+    """The source's structure with another content; as long and as large, up to 1080p."""
+    first, source = body.first_frame, files[body.media.url]
+    size = like(source.size) if source.size is not None else (None, None)
     return JobSpec(
-        model=body.model, prompt=body.prompt, control=files[body.media.url], control_kind="gray",
+        model=body.model, prompt=body.prompt, control=source.media, control_kind="gray", seconds=_clip_seconds(source),
+        width=size[0], height=size[1], resolution=None if source.size else DEFAULT_RESOLUTION,
         strength=MODES[body.mode], webhook_url=body.callback_url,
-        keyframes=(Keyframe(media=files[first.url]),) if first is not None else (),
+        keyframes=(Keyframe(media=files[first.url].media),) if first is not None else (),
     )  # fmt: skip
 
 
@@ -319,6 +322,15 @@ def _prompt(text: str | None, *, needed: bool) -> str:
     if len(text) > most:
         raise InvalidRequest(f"Prompt is too long, maximum length is {most} characters", field="prompt")
     return text
+
+
+def _clip_seconds(source: File) -> float | None:
+    """How long the result is: as the clip, if that is known."""
+    if source.seconds is not None and source.seconds > LONGEST_S:
+        raise InvalidRequest(
+            f"media lasts {source.seconds:g} s, at most {LONGEST_S} s are taken", field="media"
+        )
+    return source.seconds
 
 
 def _check_loop(first: Any, last: Any) -> None:

@@ -396,7 +396,7 @@ def _picture(ctx: Context, tx: Tx, caller: Caller, asked: Asked[CreateBody]) -> 
     if reference.file_id is not None:
         return Media(asset=reference.file_id)
     kept = inputs.keep(tx, caller.account.id, _named(asked.body), asked.found or {}, ctx.settings)
-    return kept[str(reference.image_url)]
+    return kept[str(reference.image_url)].media
 
 
 def _clip(ctx: Context, tx: Tx, caller: Caller, asked: Asked[B]) -> Clip:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from mutoscope.jobs import assets, inline
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import NotFound
 from mutoscope.jobs.spec import Media
+from mutoscope.server.dialects import inputs
 from mutoscope.server.dialects.runway_rules import SCHEME, BodyRefused, Found, Issue
 from mutoscope.server.dialects.runway_spec import File
 
@@ -59,7 +60,7 @@ def known(tx: Tx, account_id: str, parsed: Parsed) -> dict[str, File]:
     issues = []
     for file in parsed.found:
         if file.uri in parsed.inlines:
-            files[file.uri] = File(Media(asset="inline"), _seconds(parsed.inlines[file.uri].probed.info()))
+            files[file.uri] = _file(Media(asset="inline"), parsed.inlines[file.uri].probed.info())
         elif file.uri.startswith(SCHEME):
             try:
                 asset = assets.get(tx, account_id, file.uri.removeprefix(SCHEME))
@@ -70,7 +71,7 @@ def known(tx: Tx, account_id: str, parsed: Parsed) -> dict[str, File]:
                 issues.append(
                     Issue(file.path, f"{inline.UNSUPPORTED_TYPE} It is {asset.mime}, {file.kind} expected.")
                 )
-            files[file.uri] = File(asset.media, _seconds(asset.info))
+            files[file.uri] = _file(asset.media, asset.info)
         else:
             files[file.uri] = File(Media(url=file.uri))
     if issues:
@@ -85,7 +86,7 @@ def keep(
     kept = dict(files)
     for uri, data in parsed.inlines.items():
         media = assets.store(tx, account_id, data, data_dir=data_dir, hours=hours)
-        kept[uri] = File(media, files[uri].seconds)
+        kept[uri] = replace(files[uri], media=media)
     return kept
 
 
@@ -95,6 +96,7 @@ def _fits(asset: assets.Asset, kind: str) -> bool:
     return asset.mime in TYPES.get(kind, ())
 
 
-def _seconds(info: dict[str, Any]) -> float | None:
-    seconds = info.get("seconds")
-    return float(seconds) if seconds else None
+def _file(media: Media, info: dict[str, Any]) -> File:
+    """From what a probe found."""
+    known = inputs.File.of(media, "image", info)
+    return File(media, known.seconds, known.size)

@@ -9,8 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mutoscope.jobs.resolve import SHORT_SIDE
 from mutoscope.jobs.spec import JobSpec, Keyframe, Media, Reference, Tier
 from mutoscope.server.dialects import runway_support as support
+from mutoscope.server.dialects.inputs import LONGEST, like
 from mutoscope.server.dialects.runway_rules import (
     BodyRefused,
     Found,
@@ -60,10 +62,11 @@ SHORT_SIDES = {
 
 @dataclass(frozen=True)
 class File:
-    """A file of a body: where it is, and its length in seconds if that is known."""
+    """A file of a body: where it is, and its length in seconds and its size in pixels if they are known."""
 
     media: Media
     seconds: float | None = None
+    size: tuple[int, int] | None = None
 
 
 Files = Mapping[str, File]
@@ -146,8 +149,10 @@ def to_generate_spec(kind: str, body: Mapping[str, Any], files: Files) -> JobSpe
             common |= _size(
                 {"ratio": ratio, "resolution": asked.get("resolution", "720p" if kind == "video" else "1k")}
             )
+        elif kind == "video":
+            common |= _shaped(asked, None)
         else:
-            common |= _size({"resolution": asked.get("resolution")})
+            common |= _size({"resolution": asked.get("resolution", "1k")})
         images = asked.get("referenceImages", ())
         references = [i for i in images if i.get("role", "reference") == "reference"]
         common |= {"references": _references(references, files, "input.referenceImages")}
@@ -159,6 +164,10 @@ def to_generate_spec(kind: str, body: Mapping[str, Any], files: Files) -> JobSpe
         for video in asked.get("referenceVideos", ()):
             source = files[video["uri"]]
             common |= {"control": source.media, "control_kind": "gray"}
+            if "duration" not in asked:
+                common["seconds"] = source.seconds
+            if "aspectRatio" not in asked:
+                common |= _shaped(asked, source)
             common["keyframes"] += _timed(asked.get("keyframes", ()), files, source, ("input", "keyframes"))
         return common
 
@@ -186,13 +195,14 @@ def _as_issue(detail: Any) -> Issue:
 def _video(body: Mapping[str, Any], files: Files) -> dict[str, Any]:
     model = body["model"]
     asked = body.get("duration", support.DEFAULT_SECONDS.get(model, 5))
-    spec = _text(body) | _size(body) | _format(body)
+    image = body.get("promptImage")
+    first = image if isinstance(image, str) else image[0]["uri"] if image else None
+    spec = _text(body) | _shaped(body, files[first] if first is not None else None) | _format(body)
     spec |= {
         "seconds": None if asked == "auto" else float(asked),
         "quality": "draft" if body.get("draft") else None,
         "references": _references(body.get("references"), files, "references"),
     }
-    image = body.get("promptImage")
     if isinstance(image, str):
         spec["keyframes"] = (Keyframe(media=files[image].media),)
     elif image:
@@ -209,10 +219,9 @@ def _edit(body: Mapping[str, Any], files: Files) -> dict[str, Any]:
     source = files[body[name]]
     spec = _text(body) | _format(body)
     follows_clip = body["model"] in ("gen4_aleph", "aleph2")
-    if not follows_clip:
-        spec |= _size(body)
-    if "duration" in body:
-        spec["seconds"] = None if body["duration"] == "auto" else float(body["duration"])
+    spec |= _shaped({} if follows_clip else body, source, short=None)
+    asked = body.get("duration", "auto")
+    spec["seconds"] = source.seconds if asked == "auto" else float(asked)
     if body.get("draft"):
         spec["quality"] = "draft"
     references = body.get("references")
@@ -227,16 +236,18 @@ def _edit(body: Mapping[str, Any], files: Files) -> dict[str, Any]:
     keyframes += _timed([_as_timed(p) for p in body.get("promptImage", ())], files, source, ("promptImage",))
     spec["keyframes"] = keyframes
     if body.get("mode") == "extend":
-        return spec | {"extend_start": source.media}
+        return spec | {"extend_start": source.media, "seconds": None if asked == "auto" else float(asked)}
     if aspect := body.get("targetAspectRatio"):
         if keyframes:
             raise BodyRefused([Issue(("targetAspectRatio",), "is not supported together with keyframes.")])
-        return spec | {"source": source.media, "reframe": "fit", "aspect_ratio": aspect}
+        spec = {k: v for k, v in spec.items() if k not in ("width", "height")}
+        return spec | {"source": source.media, "reframe": "fit", "aspect_ratio": aspect, "resolution": "720p"}
     return spec | {"control": source.media, "control_kind": "gray"}
 
 
 def _image(body: Mapping[str, Any], files: Files) -> dict[str, Any]:
-    spec = _text(body) | _size(body) | _format(body) | {"operation": "image"}
+    asked = body if "ratio" in body else {**body, "ratio": "1024:1024"}
+    spec = _text(body) | _size(asked) | _format(body) | {"operation": "image"}
     spec["quality"] = "draft" if body.get("quality") in ("low", "very_low") else None
     spec["references"] = _references(body.get("referenceImages"), files, "referenceImages")
     return spec
@@ -250,6 +261,7 @@ def _act(body: Mapping[str, Any], files: Files) -> dict[str, Any]:
         "control_kind": "gray",
         "references": (Reference(media=files[body["character"]["uri"]].media, tag="character"),),
         "seed": body.get("seed"),
+        "seconds": files[body["reference"]["uri"]].seconds,
         **_size({"ratio": body.get("ratio", "1280:720")}),
     }
 
@@ -321,6 +333,21 @@ def _size(body: Mapping[str, Any]) -> dict[str, Any]:
         return {"aspect_ratio": ratio, "resolution": resolution}
     scale = short / min(width, height)
     return {"width": round(width * scale / 2) * 2, "height": round(height * scale / 2) * 2}
+
+
+def _shaped(body: Mapping[str, Any], file: File | None, *, short: int | None = 720) -> dict[str, Any]:
+    """`_size`; where that leaves the shape open it is the file's if it is known, and 16:9 else.
+
+    `short`: its short side where no resolution says it; None: as large as the file, up to 1080p.
+    """
+    size = _size(body)
+    if "width" in size or "aspect_ratio" in size:
+        return size
+    tier = size.get("resolution")
+    if file is None or file.size is None:
+        return {"resolution": tier or "720p"}
+    width, height = like(file.size, SHORT_SIDE[tier] if tier else short, LONGEST if short is None else 4096)
+    return {"width": width, "height": height}
 
 
 def _references(given: Any, files: Files, name: str) -> tuple[Reference, ...]:

@@ -116,3 +116,12 @@ def picture() -> str:
     out = io.BytesIO()
     Image.new("RGB", (64, 48), "red").save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def clip(tmp_path: Path, frames: int = 16) -> bytes:
+    """Frames of 32 x 48 pixels, 8 a second."""
+    path = tmp_path / "clip.mp4"
+    with VideoWriter(path, width=32, height=48, fps=8) as writer:
+        for i in range(frames):
+            writer.write(np.full((48, 32, 3), 8 * i % 256, np.uint8))
+    return path.read_bytes()

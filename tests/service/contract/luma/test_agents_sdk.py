@@ -8,27 +8,16 @@ from typing import Any
 
 import httpx
 import luma_agents
-import numpy as np
 import pytest
 import sqlalchemy as sa
 from luma_agents import Luma
-from luma_house import AGENTS, FPS, FRAMES, House, InProcess, picture
+from luma_house import AGENTS, FPS, FRAMES, House, InProcess, clip, picture
 
 from mutoscope.jobs import accounts, queue, schema
 from mutoscope.jobs.model import Failure, State
-from mutoscope.media.write import VideoWriter
 from mutoscope.server.dialects import luma_agents as dialect
 
 PNG = {"data": picture().partition(",")[2], "media_type": "image/png"}
-
-
-def clip(tmp_path: Path, frames: int = 16) -> bytes:
-    """Frames of 32 x 48 pixels, 8 a second."""
-    path = tmp_path / "clip.mp4"
-    with VideoWriter(path, width=32, height=48, fps=8) as writer:
-        for i in range(frames):
-            writer.write(np.full((48, 32, 3), 8 * i % 256, np.uint8))
-    return path.read_bytes()
 
 
 def detail(error: luma_agents.APIStatusError) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import lumaai
 import pytest
-from luma_house import BASE, House, InProcess, picture
+from luma_house import BASE, House, InProcess, clip, picture
 from lumaai import LumaAI
 
 from mutoscope.jobs import outbox, queue
@@ -122,6 +124,22 @@ def test_reframe_modify_upscale_audio(house: House) -> None:
     with pytest.raises(lumaai.BadRequestError) as refused:
         client.generations.audio(made.id or "")
     assert "no model here makes sound" in detail(refused.value)
+
+
+def test_a_modified_clip_stays_as_long_and_as_large(house: House, tmp_path: Path) -> None:
+    data = "data:video/mp4;base64," + base64.b64encode(clip(tmp_path)).decode()
+    made = house.client().generations.video.modify(
+        generation_type="modify_video", model="ray-2", media={"url": data}, mode="flex_1", prompt="in winter"
+    )
+    spec = house.job(made.id).spec
+    assert (spec["width"], spec["height"], spec["seconds"]) == (32, 48, 2.0)
+    by_url = house.client().generations.video.modify(
+        generation_type="modify_video",
+        model="ray-2",
+        media={"url": "https://example.com/a.mp4"},
+        mode="flex_1",
+    )
+    assert house.job(by_url.id).spec["resolution"] == "720p"
 
 
 def test_listing_deleting_and_the_rest(house: House) -> None:

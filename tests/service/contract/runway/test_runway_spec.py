@@ -22,9 +22,11 @@ IMAGE, LAST, STYLE = (f"https://example.com/{name}.png" for name in ("first", "l
 CLIP = "https://example.com/clip.mp4"
 
 
-def spec_of(endpoint: str, *, clip_seconds: float | None = None, **body: Any) -> JobSpec:
+def spec_of(
+    endpoint: str, *, clip_seconds: float | None = None, size: tuple[int, int] | None = None, **body: Any
+) -> JobSpec:
     _, found = parse(endpoint, body, Hosts())
-    return to_spec(endpoint, body, {f.uri: File(Media(url=f.uri), clip_seconds) for f in found})
+    return to_spec(endpoint, body, {f.uri: File(Media(url=f.uri), clip_seconds, size) for f in found})
 
 
 def refusal(endpoint: str, **body: Any) -> str:
@@ -109,7 +111,32 @@ def test_aleph_follows_the_clip() -> None:
     assert spec.control == Media(url=CLIP)
     assert spec.control_kind == "gray"
     assert [r.media.url for r in spec.references] == [STYLE]
-    assert (spec.width, spec.source) == (None, None)
+    assert spec.source is None
+    assert (spec.width, spec.resolution, spec.seconds) == (None, "720p", None), "nothing is known of a URL"
+
+
+@pytest.mark.parametrize(
+    ("size", "out"), [((1280, 720), (1280, 720)), ((720, 1280), (720, 1280)), ((3840, 2160), (1920, 1080))]
+)
+def test_aleph_keeps_size_and_length_of_a_clip_that_is_known(
+    size: tuple[int, int], out: tuple[int, int]
+) -> None:
+    body = {"model": "aleph2", "videoUri": CLIP, "promptText": "at night"}
+    spec = spec_of("video_to_video", clip_seconds=7.5, size=size, **body)
+    assert (spec.width, spec.height, spec.seconds) == (*out, 7.5)
+    wider = spec_of("video_to_video", clip_seconds=7.5, size=size, **body, targetAspectRatio="21:9")
+    assert (wider.width, wider.aspect_ratio, wider.resolution, wider.seconds) == (None, "21:9", "720p", 7.5)
+
+
+def test_where_the_shape_is_open_it_is_that_of_the_picture() -> None:
+    body = {"model": "happyhorse_1_0", "promptImage": IMAGE}
+    tall = spec_of("image_to_video", size=(600, 800), **body, resolution="1080p")
+    assert (tall.width, tall.height) == (1080, 1440)
+    default = spec_of("image_to_video", size=(600, 800), **body)
+    assert (default.width, default.height) == (720, 960)
+    assert spec_of("image_to_video", **body).resolution == "720p"
+    assert spec_of("text_to_video", model="veo3.1", promptText="a", ratio="1280:720").width == 1280
+    assert spec_of("text_to_video", model="wan3", promptText="a").resolution == "720p"
 
 
 def test_aleph2_keyframes() -> None:
