@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from mutoscope.jobs import accounts, assets, batches, endpoints, ledger, plans, queue
+from mutoscope.jobs import accounts, assets, batches, endpoints, ledger, plainjson, plans, queue
 from mutoscope.jobs import router as routing
 from mutoscope.jobs.batches import Batch
 from mutoscope.jobs.database import Tx
@@ -103,27 +103,46 @@ def cancel(tx: Tx, caller: Caller, batch_id: str) -> Batch:
 
 
 def parse(text: str) -> list[JobSpec]:
-    """A JSONL file: one job a line, as for `POST /api/v1/jobs`. Empty lines are passed over.
+    """JSON Lines: one job a line, as for `POST /api/v1/jobs`. Empty lines are passed over.
 
     Raises:
         InvalidRequest: names the line and the field.
     """
     specs: list[JobSpec] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # and nothing else: texts may have other line breaks in them
         if not line.strip():
             continue
         if len(specs) == MAX_ITEMS:
             raise InvalidRequest(f"Line {number}: more than {MAX_ITEMS} items.", field="items")
         try:
-            specs.append(JobSpec.model_validate_json(line))
-        except ValidationError as e:
-            first = e.errors(include_url=False)[0]
-            name = ".".join(str(part) for part in first["loc"])
-            where = f"Line {number}, {name}" if name else f"Line {number}"
-            raise InvalidRequest(
-                f"{where}: {first['msg']}.", field=f"items[{number - 1}].{name}".rstrip(".")
-            ) from e
+            value = plainjson.loads(line)
+        except ValueError as e:
+            raise InvalidRequest(f"Line {number} is not JSON: {e}.", field=f"items[{len(specs)}]") from e
+        specs.append(item(value, len(specs), f"Line {number}"))
     return specs
+
+
+def item(value: Any, index: int, where: str = "") -> JobSpec:
+    """One job of a batch, `index` from 0.
+
+    Raises:
+        InvalidRequest: names the item and the field.
+    """
+    where = where or f"Item {index + 1}"
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{where}: a JSON object expected.", field=f"items[{index}]")
+    try:
+        return JobSpec.model_validate(value)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        said = "is not a field here" if first["type"] == "extra_forbidden" else first["msg"]
+        message = f"{where}, {name}: {said}." if name else f"{where}: {said}."
+        raise InvalidRequest(
+            message.replace("Value error, ", ""), field=f"items[{index}].{name}".rstrip(".")
+        ) from e
 
 
 def results(tx: Tx, account_id: str, batch_id: str, link: Link | None = None) -> Iterator[str]:

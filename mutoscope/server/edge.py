@@ -30,7 +30,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from mutoscope.errors import MutoscopeError
-from mutoscope.jobs import accounts, errors, idempotency
+from mutoscope.jobs import accounts, errors, idempotency, plainjson
 from mutoscope.jobs.checkpoints import checkpoint
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.model import Caller
@@ -38,6 +38,7 @@ from mutoscope.server.context import Context
 
 log = logging.getLogger("mutoscope.server")
 Parsed = TypeVar("Parsed")
+LINES = ("application/jsonl", "application/x-ndjson", "application/jsonlines")
 AT_ONCE = 24
 """Requests that are worked on at the same time; more wait their turn."""
 SEEN_EVERY_S = 60.0
@@ -121,7 +122,8 @@ async def write(
     max_bytes: int | None = None,
     after: Callable[[Reply], None] = lambda _: None,
 ) -> Response:
-    """A request that changes something. `parse` gets the JSON, or the FormData of a multipart body, or None."""
+    """A request that changes something. `parse` gets the JSON, the FormData of a multipart body, the text of a body of
+    JSON Lines, or None."""
 
     def work(body: _Body) -> Reply:
         caller = _caller(ctx, request)
@@ -211,8 +213,17 @@ async def _on_thread(work: Callable[[], Parsed]) -> Parsed:
     return await anyio.to_thread.run_sync(work, limiter=_limiter)
 
 
+def _check_text(*texts: str) -> None:
+    """Parts of a request that end up in the database."""
+    try:
+        plainjson.check(list(texts))
+    except ValueError as e:
+        raise errors.InvalidRequest(f"The request cannot be taken: {e}.") from e
+
+
 async def _guarded(request: Request, answer: Callable[[], Any], dialect: Dialect) -> Response:
     try:
+        _check_text(request.url.path, *request.query_params.values())
         made = await answer()
         return made if isinstance(made, Response) else respond(made)
     except MutoscopeError as e:
@@ -277,6 +288,7 @@ class _Body:
     raw: bytes
     form: FormData | None = None
     parts: tuple[tuple[str, str], ...] = ()
+    is_lines: bool = False  # JSON Lines: given on as text
 
     @property
     def digest(self) -> str:
@@ -287,11 +299,13 @@ class _Body:
     def value(self, dialect: Dialect) -> Any:
         if self.form is not None:
             return self.form
+        if self.is_lines:
+            return self.raw.decode("utf-8", "replace")
         if not self.raw.strip():
             return None
         try:
-            return json.loads(self.raw, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as e:
+            return plainjson.loads(self.raw)
+        except ValueError as e:
             raise errors.InvalidRequest(
                 f"The body is not JSON: {e}.", hint="Send an object with Content-Type: application/json."
             ) from e
@@ -299,10 +313,6 @@ class _Body:
     async def close(self) -> None:
         if self.form is not None:
             await self.form.close()
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number of JSON")
 
 
 async def limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
@@ -313,7 +323,7 @@ async def limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, Non
     """
     too_large = BodyTooLarge(f"The body has more than {max_bytes} bytes.", hint="Upload large files first.")
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > max_bytes:
+    if length.isascii() and length.isdigit() and int(length[:18]) > max_bytes:
         raise too_large
     got = 0
     async for chunk in request.stream():
@@ -344,8 +354,11 @@ async def _read(request: Request, max_bytes: int) -> _Body:
                 parts.append((name, f"{value.filename} {digest}"))
             else:
                 parts.append((name, value))
+            _check_text(*parts[-1])
         return _Body(b"", form, tuple(parts))
-    return _Body(b"".join([chunk async for chunk in limited(request, max_bytes)]))
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    raw = b"".join([chunk async for chunk in limited(request, max_bytes)])
+    return _Body(raw, is_lines=kind in LINES)
 
 
 def _encode(reply: Reply) -> bytes:

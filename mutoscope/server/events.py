@@ -48,11 +48,11 @@ class Piece:
         """As it goes over the wire; the same for all who get it."""
         return b"".join(map(encode, self.events))
 
-    def without(self, known: set[int]) -> Piece:
-        """What is new to somebody who has seen these numbers."""
-        if not known or known.isdisjoint(event.id for event in self.events):
+    def beyond(self, number: int) -> Piece:
+        """What is new to somebody who has seen everything up to this number."""
+        if self.events[0].id > number:
             return self
-        return Piece(tuple(event for event in self.events if event.id not in known))
+        return Piece(tuple(event for event in self.events if event.id > number))
 
 
 ALIVE = b": still here\n\n"
@@ -87,9 +87,10 @@ class Tail:
         self.listeners: set[Listener] = set()
         self._by_job: dict[str, set[Listener]] = {}
         self._wake = asyncio.Event()
+        self._begun = asyncio.Event()  # from which number on events are handed out is settled
         self._task: asyncio.Task[None] | None = None
         self._closing = False
-        self._last = 0
+        self._last: int | None = None
         self._recent: deque[int] = deque(maxlen=4 * WINDOW)
 
     def start(self) -> None:
@@ -97,16 +98,15 @@ class Tail:
 
     async def close(self) -> None:
         """End every stream; whoever listens comes back."""
-        self._closing = True
-        for listener in list(self.listeners):
-            self._end(listener)
-        if self._task is not None:
-            self._task.cancel()
+        self.closing()
+        if self._task is not None:  # it may be reading, so it is not cancelled but let go to its end
             await asyncio.gather(self._task, return_exceptions=True)
 
     def closing(self) -> None:
         """The process is about to stop: end streams now, from the event loop."""
         self._closing = True
+        self._begun.set()
+        self._wake.set()
         for listener in list(self.listeners):
             self._end(listener)
 
@@ -121,12 +121,11 @@ class Tail:
         try:
             yield f"retry: {RETRY_MS}\n\n".encode()
             seen = after or 0
-            replayed: set[int] = set()
+            await self._begun.wait()  # what is committed after a replay that came earlier would be lost
             while after is not None:
                 rows = await edge.on_thread(lambda since=seen: self._replay(listener, since))  # type: ignore[misc]
                 for event in rows:
                     seen = event.id
-                    replayed.add(event.id)
                     yield encode(event)
                     if job_id is not None and ends(event):
                         return
@@ -139,8 +138,9 @@ class Tail:
                 if isinstance(item, bytes):
                     yield item
                     continue
-                piece = item.without(replayed)
+                piece = item.beyond(seen)  # the tail may be behind a replay
                 if piece.events:
+                    seen = piece.events[-1].id
                     yield piece.data
                 if job_id is not None and any(map(ends, item.events)):
                     return
@@ -173,14 +173,16 @@ class Tail:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         alive_at = 0.0
-        while True:
+        while not self._closing:
             if not self.listeners:
                 self._wake.clear()
-                self._last = 0
+                self._last = None
+                self._begun.clear()
                 await self._wake.wait()
                 alive_at = loop.time() + HEARTBEAT_S
             try:
                 events = await edge.on_thread(self._look)
+                self._begun.set()
             except sa.exc.OperationalError as e:
                 log.warning("the feed: %s", e.orig)
                 events = []
@@ -193,7 +195,7 @@ class Tail:
 
     def _look(self) -> list[FeedEvent]:
         with self.db.read() as tx:
-            if not self._last:
+            if self._last is None:
                 self._last = feed.last_id(tx)
                 self._recent.extend(range(max(0, self._last - WINDOW), self._last + 1))
                 return []

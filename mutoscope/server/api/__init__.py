@@ -5,10 +5,11 @@ Every error has one shape: {"error": {"code", "message", "hint", "field"}}, with
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Security
+from fastapi.security import HTTPBearer
 
 from mutoscope.server.api import account, admin, batches, files, jobs, models
-from mutoscope.server.api.shape import DIALECT, PREFIX
+from mutoscope.server.api.shape import DIALECT, ERRORS, PREFIX
 from mutoscope.server.context import Context
 
 __all__ = ["DIALECT", "PREFIX", "router"]
@@ -16,7 +17,8 @@ __all__ = ["DIALECT", "PREFIX", "router"]
 
 def router(ctx: Context) -> APIRouter:
     """All routes."""
-    api = APIRouter(prefix=PREFIX)
+    key = HTTPBearer(scheme_name="ApiKey", auto_error=False)  # for the description; `edge` looks at it
+    api = APIRouter(prefix=PREFIX, responses=ERRORS, dependencies=[Security(key)])
     for module in (jobs, batches, models, files, account, admin):
         module.add(api, ctx)
     return api

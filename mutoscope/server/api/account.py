@@ -19,7 +19,7 @@ from mutoscope.jobs.router import Router, Rules
 from mutoscope.jobs.spec import Strict
 from mutoscope.jobs.view import iso
 from mutoscope.server import edge
-from mutoscope.server.api.shape import DIALECT, integer, nothing, parsed, takes
+from mutoscope.server.api.shape import DIALECT, answers, integer, nothing, one_of, parsed, query, takes
 from mutoscope.server.context import Context
 from mutoscope.server.edge import Reply
 
@@ -56,7 +56,7 @@ class ReplayBody(Strict):
 
     delivery_id: str | None = None
     endpoint_id: str | None = None
-    since: float | None = Field(None, description="Unix seconds.")
+    since: float | None = Field(None, ge=0, le=1e12, description="Unix seconds.")
 
 
 def add(api: APIRouter, ctx: Context) -> None:
@@ -66,12 +66,20 @@ def add(api: APIRouter, ctx: Context) -> None:
 
 
 def _money(api: APIRouter, ctx: Context) -> None:
-    @api.get("/usage", summary="What was spent, by day, model and key; ?format=csv")
+    @api.get(
+        "/usage",
+        openapi_extra=query(
+            start="First day, YYYY-MM-DD.", before="The day after the last one.", format="json or csv"
+        ),
+        responses=answers("text/csv"),
+        summary="What was spent, by day, model and key; ?format=csv",
+    )
     async def usage_by_day(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             start, before = _window(request, tx.now)
+            kind = one_of(request, "format", ("json", "csv"))
             rows = usage.by_day(tx, caller.account.id, start, before)
-            if request.query_params.get("format") == "csv":
+            if kind == "csv":
                 name = {"content-disposition": f'attachment; filename="usage-{start}.csv"'}
                 return Reply(200, usage.as_csv(rows).encode(), name, "text/csv")
             data = [{**vars(row), "day": row.day.isoformat()} for row in rows]
@@ -173,12 +181,18 @@ def _routers(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, nothing, act, DIALECT)
 
-    @api.get("/decisions", summary="Routing decisions, newest first; ?job_id=, ?router_id=")
+    @api.get(
+        "/decisions",
+        openapi_extra=query(
+            job_id="Of this job.", router_id="Of this router.", limit="int: 1 to 100, 50 unless said"
+        ),
+        summary="Routing decisions, newest first; ?job_id=, ?router_id=",
+    )
     async def decisions(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
-            query = request.query_params
+            asked = request.query_params
             found = router.decisions(
-                tx, caller.account.id, router_id=query.get("router_id"), job_id=query.get("job_id"),
+                tx, caller.account.id, router_id=asked.get("router_id"), job_id=asked.get("job_id"),
                 limit=integer(request, "limit", 50, 1, 100),
             )  # fmt: skip
             return Reply(200, {"object": "list", "data": [vars(d) | {"at": iso(d.at)} for d in found]})
@@ -227,12 +241,18 @@ def _webhooks(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.get("/webhooks/deliveries", summary="What was sent, newest first")
+    @api.get(
+        "/webhooks/deliveries",
+        openapi_extra=query(
+            endpoint_id="To this endpoint.", job_id="About this job.", limit="int: 1 to 100, 50 unless said"
+        ),
+        summary="What was sent, newest first",
+    )
     async def deliveries(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
-            query = request.query_params
+            asked = request.query_params
             found = outbox.listing(
-                tx, caller.account.id, endpoint_id=query.get("endpoint_id"), job_id=query.get("job_id"),
+                tx, caller.account.id, endpoint_id=asked.get("endpoint_id"), job_id=asked.get("job_id"),
                 limit=integer(request, "limit", 50, 1, 100),
             )  # fmt: skip
             return Reply(200, {"object": "list", "data": [delivery(d) for d in found]})
@@ -285,7 +305,7 @@ def _webhooks(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, nothing, act, DIALECT)
 
-    @api.post("/webhooks/{endpoint_id}/test", summary="Send a ping")
+    @api.post("/webhooks/{endpoint_id}/test", status_code=202, summary="Send a ping")
     async def ping(request: Request, endpoint_id: str) -> Response:
         def act(tx: Tx, caller: Caller, _: None) -> Reply:
             return Reply(202, delivery(outbox.ping(tx, caller.account.id, endpoint_id)))

@@ -50,7 +50,7 @@ class KeyBody(Strict):
 class GrantBody(Strict):
     """Credits to give."""
 
-    amount: int = Field(gt=0)
+    amount: int = Field(gt=0, le=10**12)
     note: str = ""
 
 

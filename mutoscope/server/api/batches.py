@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from starlette.datastructures import FormData, UploadFile
 
-from mutoscope.jobs import batches, batching, queue, view
+from mutoscope.jobs import batches, batching, plainjson
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import InvalidRequest
 from mutoscope.jobs.model import Caller, Priority
 from mutoscope.jobs.spec import JobSpec, Strict
 from mutoscope.server import edge
-from mutoscope.server.api.shape import DIALECT, integer, nothing, parsed, takes
+from mutoscope.server.api.shape import DIALECT, answers, integer, nothing, parsed, query, takes
 from mutoscope.server.context import Context
 from mutoscope.server.edge import Reply
 
@@ -23,7 +22,7 @@ from mutoscope.server.edge import Reply
 class BatchBody(Strict):
     """A batch: its jobs, and what holds for all of them."""
 
-    items: tuple[dict[str, Any], ...] = Field(description="Bodies of POST /api/v1/jobs.")
+    items: tuple[Any, ...] = Field((), description="Bodies of POST /api/v1/jobs, 1 to 10,000.")
     confirm: bool = Field(True, description="false: only price it; POST .../confirm starts it.")
     name: str = Field("", max_length=200)
     priority: Priority = Priority.NORMAL
@@ -31,13 +30,29 @@ class BatchBody(Strict):
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
+_TAKES = takes(BatchBody)
+_TAKES["requestBody"]["content"] |= {
+    "application/jsonl": {"schema": {"type": "string", "description": "A job a line; the rest in the query."}},
+    "multipart/form-data": {
+        "schema": {
+            "type": "object", "required": ["file"],
+            "properties": {"file": {"type": "string", "format": "binary"}, "confirm": {"enum": ["true", "false"]}},
+        }
+    },
+}  # fmt: skip
+
+
 def add(api: APIRouter, ctx: Context) -> None:
-    @api.post("/batches", openapi_extra=takes(BatchBody), status_code=201, summary="Many jobs at once")
+    @api.post("/batches", openapi_extra=_TAKES, status_code=201, summary="Many jobs at once")
     async def create(request: Request) -> Response:
         def parse(body: Any) -> tuple[BatchBody, list[JobSpec]]:
-            options = _from_form(body) if isinstance(body, FormData) else body
-            batch = parsed(BatchBody, options)
-            return batch, [parsed(JobSpec, item, f"items.{i}") for i, item in enumerate(batch.items)]
+            if isinstance(body, str):  # JSON Lines, with the rest in the query
+                return _options(dict(request.query_params)), batching.parse(body)
+            if isinstance(body, FormData):
+                text = _file(body)
+                return _options(_fields(body)), batching.parse(text)
+            batch = parsed(BatchBody, body)
+            return batch, [batching.item(value, i) for i, value in enumerate(batch.items)]
 
         def act(tx: Tx, caller: Caller, asked: tuple[BatchBody, list[JobSpec]]) -> Reply:
             body, specs = asked
@@ -49,7 +64,11 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, parse, act, DIALECT)
 
-    @api.get("/batches", summary="Your batches, newest first")
+    @api.get(
+        "/batches",
+        openapi_extra=query(limit="int: 1 to 100, 20 unless said", offset="int: how many to pass over"),
+        summary="Your batches, newest first",
+    )
     async def listing(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             limit, offset = integer(request, "limit", 20, 1, 100), integer(request, "offset", 0, 0, 10**6)
@@ -79,47 +98,48 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, nothing, act, DIALECT)
 
-    @api.get("/batches/{batch_id}/results", summary="The jobs of a batch, one JSON object a line")
+    @api.get(
+        "/batches/{batch_id}/results",
+        responses=answers("application/jsonl"),
+        response_class=Response,
+        summary="The jobs of a batch, one JSON object a line",
+    )
     async def results(request: Request, batch_id: str) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
-            batches.get(tx, caller.account.id, batch_id)
-            link = ctx.links(request).output
-            lines = []
-            for job_id in batches.job_ids(tx, batch_id):
-                job = view.public(tx, queue.get(tx, job_id, deleted=True), link)
-                lines.append(json.dumps(job, separators=(",", ":"), ensure_ascii=False))
-            text = "".join(line + "\n" for line in lines)
+            text = "".join(batching.results(tx, caller.account.id, batch_id, ctx.links(request).output))
             return Reply(200, text.encode(), media_type="application/jsonl")
 
         return await edge.read(ctx, request, act, DIALECT)
 
 
-def _from_form(form: FormData) -> dict[str, Any]:
-    """A multipart body: `file` holds the items, one a line; other fields as in JSON."""
+def _file(form: FormData) -> str:
     sent = form.get("file")
     if not isinstance(sent, UploadFile):
         raise InvalidRequest("The form has no file in the field `file`.", field="file")
-    items = []
-    for number, line in enumerate(sent.file.read().decode("utf-8", "replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            items.append(json.loads(line))
-        except ValueError as e:
+    try:
+        return sent.file.read().decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise InvalidRequest("The file is not UTF-8 text.", field="file") from e
+
+
+def _fields(form: FormData) -> dict[str, Any]:
+    return {name: value for name, value in form.multi_items() if name != "file"}
+
+
+def _options(given: dict[str, Any]) -> BatchBody:
+    """What holds for the batch, from texts."""
+    options = dict(given)
+    if "items" in options:
+        raise InvalidRequest("The items are in the file already.", field="items")
+    if "confirm" in options:
+        if options["confirm"] not in ("true", "false"):
             raise InvalidRequest(
-                f"Line {number} of the file is not JSON: {e}.", field=f"items.{number}"
-            ) from e
-    options: dict[str, Any] = {"items": items}
-    for name, value in form.multi_items():
-        if name == "file":
-            continue
-        if name == "confirm":
-            options[name] = value == "true"
-        elif name == "metadata" and isinstance(value, str):
-            try:
-                options[name] = json.loads(value)
-            except ValueError as e:
-                raise InvalidRequest(f"metadata: is not JSON: {e}.", field="metadata") from e
-        else:
-            options[name] = value
-    return options
+                f"confirm = {options['confirm']!r:.40}, expected true or false.", field="confirm"
+            )
+        options["confirm"] = options["confirm"] == "true"
+    if "metadata" in options:
+        try:
+            options["metadata"] = plainjson.loads(str(options["metadata"]))
+        except ValueError as e:
+            raise InvalidRequest(f"metadata is not JSON: {e}.", field="metadata") from e
+    return parsed(BatchBody, options)

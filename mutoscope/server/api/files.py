@@ -17,7 +17,7 @@ from mutoscope.jobs.model import Caller
 from mutoscope.jobs.spec import Strict
 from mutoscope.jobs.view import iso
 from mutoscope.server import edge
-from mutoscope.server.api.shape import DIALECT, integer, nothing, parsed
+from mutoscope.server.api.shape import DIALECT, integer, nothing, parsed, query, takes
 from mutoscope.server.context import Context
 from mutoscope.server.edge import Reply
 
@@ -26,6 +26,15 @@ class UploadBody(Strict):
     """A file that will be sent to the `upload_url` of the answer."""
 
     filename: str = Field("", max_length=255)
+
+
+_TAKES = takes(UploadBody)
+_TAKES["requestBody"]["required"] = False
+_TAKES["requestBody"]["content"]["multipart/form-data"] = {
+    "schema": {
+        "type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}
+    }
+}  # fmt: skip
 
 
 def shown(asset: Asset) -> dict[str, Any]:
@@ -45,7 +54,7 @@ def shown(asset: Asset) -> dict[str, Any]:
 
 
 def add(api: APIRouter, ctx: Context) -> None:
-    @api.post("/files", status_code=201, summary="Upload a file, or announce one")
+    @api.post("/files", openapi_extra=_TAKES, status_code=201, summary="Upload a file, or announce one")
     async def create(request: Request) -> Response:
         def parse(body: Any) -> tuple[inline.Inline | None, str]:
             if not isinstance(body, FormData):
@@ -71,7 +80,11 @@ def add(api: APIRouter, ctx: Context) -> None:
             ctx, request, parse, act, DIALECT, max_bytes=ctx.settings.max_upload_bytes + 2**16
         )
 
-    @api.get("/files", summary="Your files, newest first")
+    @api.get(
+        "/files",
+        openapi_extra=query(limit="int: 1 to 100, 50 unless said"),
+        summary="Your files, newest first",
+    )
     async def listing(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             found = assets.listing(tx, caller.account.id, limit=integer(request, "limit", 50, 1, 100))

@@ -14,7 +14,17 @@ from mutoscope.jobs.errors import Conflict, InvalidRequest, NotFound
 from mutoscope.jobs.model import Caller, Job, State
 from mutoscope.jobs.spec import JobSpec
 from mutoscope.server import edge, files
-from mutoscope.server.api.shape import DIALECT, integer, nothing, parsed, several, takes
+from mutoscope.server.api.shape import (
+    DIALECT,
+    answers,
+    integer,
+    nothing,
+    one_of,
+    parsed,
+    query,
+    several,
+    takes,
+)
 from mutoscope.server.context import Context
 from mutoscope.server.edge import Reply
 
@@ -28,7 +38,12 @@ def shown(ctx: Context, request: Request, tx: Tx, job: Job) -> dict[str, Any]:
 
 
 def add(api: APIRouter, ctx: Context) -> None:
-    @api.post("/jobs", openapi_extra=takes(JobSpec), status_code=201, summary="Make a video or picture")
+    @api.post(
+        "/jobs",
+        openapi_extra=takes(JobSpec) | query(router="Id or slug of a router that decides."),
+        status_code=201,
+        summary="Make a video or picture",
+    )
     async def create(request: Request) -> Response:
         def act(tx: Tx, caller: Caller, spec: JobSpec) -> Reply:
             router = request.query_params.get("router")
@@ -37,7 +52,11 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, lambda body: parsed(JobSpec, body), act, DIALECT)
 
-    @api.post("/estimates", openapi_extra=takes(JobSpec), summary="What a job would cost and take")
+    @api.post(
+        "/estimates",
+        openapi_extra=takes(JobSpec) | query(router="Id or slug of a router that decides."),
+        summary="What a job would cost and take",
+    )
     async def estimate(request: Request) -> Response:
         def act(tx: Tx, caller: Caller, spec: JobSpec) -> Reply:
             quote = ctx.service.estimate(tx, caller, spec, router=request.query_params.get("router"))
@@ -46,14 +65,24 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, lambda body: parsed(JobSpec, body), act, DIALECT)
 
-    @api.get("/jobs", summary="Your jobs, newest first")
+    @api.get(
+        "/jobs",
+        openapi_extra=query(
+            limit="int: 1 to 100, 20 unless said",
+            after="Id of the last job seen.",
+            order="desc or asc",
+            state="One or more, separated by commas.",
+            batch_id="Only those of a batch.",
+        ),
+        summary="Your jobs, newest first",
+    )
     async def listing(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
-            query = request.query_params
+            asked = request.query_params
             page = ctx.service.listing(
-                tx, caller, limit=integer(request, "limit", 20, 1, 100), after=query.get("after"),
-                states=[State(s) for s in several(request, "state", STATES)], batch_id=query.get("batch_id"),
-                order="asc" if query.get("order") == "asc" else "desc",
+                tx, caller, limit=integer(request, "limit", 20, 1, 100), after=asked.get("after"),
+                states=[State(s) for s in several(request, "state", STATES)], batch_id=asked.get("batch_id"),
+                order=one_of(request, "order", ("desc", "asc")),
             )  # fmt: skip
             data = [shown(ctx, request, tx, job) for job in page.jobs]
             after = page.jobs[-1].id if page.has_more else None
@@ -84,7 +113,13 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, nothing, act, DIALECT)
 
-    @api.get("/jobs/{job_id}/content", summary="The finished file")
+    @api.get(
+        "/jobs/{job_id}/content",
+        openapi_extra=query(variant="video, image, thumbnail or spritesheet"),
+        responses=answers("*/*"),
+        response_class=Response,
+        summary="The finished file",
+    )
     async def content(request: Request, job_id: str) -> Response:
         def find(caller: Caller) -> Path:
             with ctx.db.read() as tx:
@@ -103,7 +138,13 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.guarded(request, answer, DIALECT)
 
-    @api.get("/jobs/{job_id}/events", summary="What happens to a job, as server-sent events")
+    @api.get(
+        "/jobs/{job_id}/events",
+        openapi_extra=query(after="As the header Last-Event-ID."),
+        responses=answers("text/event-stream"),
+        response_class=Response,
+        summary="What happens to a job, as server-sent events",
+    )
     async def job_events(request: Request, job_id: str) -> Response:
         async def answer() -> Response:
             caller = await edge.caller_of(ctx, request)
@@ -118,7 +159,13 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.guarded(request, answer, DIALECT)
 
-    @api.get("/events", summary="What happens to all your jobs, as server-sent events")
+    @api.get(
+        "/events",
+        openapi_extra=query(after="As the header Last-Event-ID."),
+        responses=answers("text/event-stream"),
+        response_class=Response,
+        summary="What happens to all your jobs, as server-sent events",
+    )
     async def events(request: Request) -> Response:
         async def answer() -> Response:
             caller = await edge.caller_of(ctx, request)
@@ -136,7 +183,7 @@ def last_event_id(request: Request) -> int | None:
     text = request.headers.get("last-event-id") or request.query_params.get("after")
     if text is None:
         return None
-    if not text.isdigit() or len(text) > 18:
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise InvalidRequest(f"Last-Event-ID = {text!r:.40}, expected a number.", field="Last-Event-ID")
     return int(text)
 

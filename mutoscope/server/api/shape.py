@@ -14,6 +14,21 @@ from mutoscope.server import edge
 from mutoscope.server.edge import Dialect, Reply
 
 PREFIX = "/api/v1"
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_ERROR = {
+    "type": "object", "required": ["error"], "additionalProperties": False,
+    "properties": {"error": {
+        "type": "object", "required": ["code", "message", "hint", "field"], "additionalProperties": False,
+        "properties": {
+            "code": {"type": "string"}, "message": {"type": "string"}, "hint": _TEXT_OR_NULL, "field": _TEXT_OR_NULL,
+        },
+    }},
+}  # fmt: skip
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": what, "content": {"application/json": {"schema": _ERROR}}}
+    for status, what in (("4XX", "Refused"), ("5XX", "Something went wrong; nothing was changed"))
+}
+"""OpenAPI of what every route may answer besides."""
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -62,6 +77,23 @@ def takes(kind: type[BaseModel], media_type: str = "application/json") -> dict[s
     return {"requestBody": {"required": True, "content": {media_type: {"schema": _inlined(kind)}}}}
 
 
+def query(**names: str) -> dict[str, Any]:
+    """OpenAPI of query parameters that are read by hand: what each is; "int: ..." for whole numbers."""
+    parameters = []
+    for name, what in names.items():
+        kind = "integer" if what.startswith("int: ") else "string"
+        about = {"description": what.removeprefix("int: "), "required": False}
+        parameters.append({"name": name, "in": "query", "schema": {"type": kind}, **about})
+    return {"parameters": parameters}
+
+
+def answers(media_type: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI of an answer that is not JSON."""
+    return {
+        200: {"description": "Successful Response", "content": {media_type: {"schema": {"type": "string"}}}}
+    }
+
+
 def _inlined(kind: type[BaseModel]) -> dict[str, Any]:
     """The schema without references: each $ref replaced by what it means."""
     schema = kind.model_json_schema()
@@ -87,9 +119,21 @@ def integer(request: Request, name: str, default: int, low: int, high: int) -> i
     text = request.query_params.get(name)
     if text is None:
         return default
-    if not re.fullmatch(r"-?[0-9]+", text) or not low <= int(text[:12]) <= high:
+    if not re.fullmatch(r"-?[0-9]{1,12}", text) or not low <= int(text) <= high:
         raise InvalidRequest(f"{name} = {text!r:.40}, expected {low} to {high}.", field=name)
     return int(text)
+
+
+def one_of(request: Request, name: str, known: tuple[str, ...]) -> str:
+    """A word of the query; the first of `known` if it is not there.
+
+    Raises:
+        InvalidRequest: it is another one.
+    """
+    text = request.query_params.get(name, known[0])
+    if text not in known:
+        raise InvalidRequest(f"{name} = {text!r:.40}, expected one of {', '.join(known)}.", field=name)
+    return text
 
 
 def several(request: Request, name: str, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -289,7 +289,7 @@ def _echo(value: dict[str, Any]) -> dict[str, Any]:
 
 def _number(request: Request, name: str, default: int, low: int, high: int) -> int:
     text = request.query_params.get(name, str(default))
-    if not text.isdigit() or not low <= int(text[:12]) <= high:
+    if not text.isascii() or not text.isdigit() or not low <= int(text[:12]) <= high:
         raise InvalidRequest(f"{name} must be {low} to {high}, got {text!r:.20}", field=name)
     return int(text)
 

@@ -236,7 +236,7 @@ def _some(name: str, value: str | None, known: tuple[str, ...]) -> tuple[str, ..
 
 
 def _limit(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text[:12]) <= 100:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:12]) <= 100:
         raise InvalidRequest(f"limit: {text!r:.20}, 1 to 100 expected.", field="limit")
     return int(text)
 

@@ -435,7 +435,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
 
 
 def _limit(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text[:12]) <= 100:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:12]) <= 100:
         raise Refused(
             f"Invalid 'limit': expected a whole number from 1 to 100, got '{text:.20}'.", field="limit"
         )

@@ -1,0 +1,187 @@
+"""Batches over HTTP: arrays and JSON Lines, prices, progress, cancel, results, on both databases."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from api_house import DRAFT, House
+
+from mutoscope.jobs import accounts, ledger
+
+LINES = '{"prompt": "one", "quality": "draft"}\n\n{"prompt": "two", "quality": "draft", "seed": 7}\n'
+
+
+def items(n: int, **changes: Any) -> list[dict[str, Any]]:
+    return [{**DRAFT, "prompt": f"ball {i}", **changes} for i in range(n)]
+
+
+def test_a_batch_from_its_price_to_its_results(either_house: House) -> None:
+    house = either_house
+    batch = house.post(
+        "/batches", {"items": items(3), "confirm": False, "name": "night", "metadata": {"a": 1}}
+    )
+    assert (batch["state"], batch["total"], batch["progress"]) == ("priced", 3, 0.0)
+    assert batch["estimate"] == {
+        "credits": 12, "usd": 0.12, "device_seconds": batch["estimate"]["device_seconds"], "models": {"pocket": 3},
+    }  # fmt: skip
+    assert house.get("/jobs")["total"] == 0
+    assert house.get("/credits")["reserved"] == 0
+    path = f"/batches/{batch['id']}"
+    started = house.post(f"{path}/confirm", expect=200)
+    assert (started["state"], started["counts"]["queued"]) == ("running", 3)
+    assert house.get("/credits")["reserved"] == 12
+    assert house.refused("POST", f"{path}/confirm", status=409)["code"] == "conflict"
+    house.succeed(house.claim())
+    running = house.claim()
+    house.step(running, 0.5)
+    half = house.get(path)
+    assert (half["progress"], half["credits"]) == (0.5, 4)
+    house.succeed(running)
+    house.succeed(house.claim())
+    done = house.get(path)
+    assert (done["state"], done["progress"], done["credits"]) == ("finished", 1.0, 12)
+    got = house.call("GET", f"{path}/results")
+    assert got.headers["content-type"].startswith("application/jsonl")
+    rows = [json.loads(line) for line in got.text.splitlines()]
+    assert [row["spec"]["prompt"] for row in rows] == ["ball 0", "ball 1", "ball 2"]
+    assert {row["state"] for row in rows} == {"succeeded"}
+    assert house.http.get(rows[0]["outputs"][0]["url"]).content == b"not really a video"
+    assert [b["id"] for b in house.get("/batches")["data"]] == [batch["id"]]
+    assert house.get("/jobs", params={"batch_id": batch["id"]})["total"] == 3
+    house.refused("GET", path, status=404, key="other")
+
+
+def test_cancel_ends_what_waits_and_asks_what_runs(either_house: House) -> None:
+    house = either_house
+    batch = house.post("/batches", {"items": items(4)})
+    house.succeed(house.claim())
+    running = house.claim()
+    cancelled = house.post(f"/batches/{batch['id']}/cancel", expect=200)
+    assert cancelled["state"] == "cancelled"
+    assert {k: n for k, n in cancelled["counts"].items() if n} == {
+        "succeeded": 1,
+        "running": 1,
+        "cancelled": 2,
+    }
+    assert cancelled["finished_at"] is None
+    assert house.get(f"/jobs/{running.id}")["cancel_asked"]
+    again = house.post(f"/batches/{batch['id']}/cancel", expect=200)
+    assert again["counts"] == cancelled["counts"]
+    with house.db.write() as tx:
+        from mutoscope.jobs import queue
+
+        assert queue.cancelled(tx, running.id, running.fence)
+    ended = house.get(f"/batches/{batch['id']}")
+    assert ended["finished_at"] is not None
+    assert (ended["state"], ended["credits"]) == ("cancelled", 4)
+    with house.db.read() as tx:
+        assert ledger.check(tx) == []
+
+
+@pytest.mark.parametrize("how", ["body", "form"])
+def test_json_lines(house: House, how: str) -> None:
+    if how == "body":
+        given: dict[str, Any] = {"content": LINES, "headers": {"content-type": "application/jsonl; charset=utf-8"},
+                                 "params": {"confirm": "false", "name": "n", "priority": "high"}}  # fmt: skip
+    else:
+        given = {"files": {"file": ("jobs.jsonl", LINES)},
+                 "data": {"confirm": "false", "name": "n", "priority": "high", "metadata": '{"a": 1}'}}  # fmt: skip
+    got = house.call("POST", "/batches", **given)
+    assert got.status_code == 201, got.text
+    batch = got.json()
+    assert (batch["state"], batch["total"], batch["name"], batch["priority"]) == ("priced", 2, "n", "high")
+    house.post(f"/batches/{batch['id']}/confirm", expect=200)
+    jobs = house.get("/jobs", params={"order": "asc"})["data"]
+    assert [(j["spec"]["prompt"], j["priority"]) for j in jobs] == [("one", "high"), ("two", "high")]
+    assert jobs[1]["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "said"),
+    [
+        ("", "items", "0 items"),
+        ("{", "items[0]", "Line 1 is not JSON"),
+        ('{"prompt": "x"}\n[1]', "items[1]", "Line 2: a JSON object expected"),
+        (
+            '{"prompt": "x"}\n{"prompt": "x", "colour": 1}',
+            "items[1].colour",
+            "Line 2, colour: is not a field here",
+        ),
+        ('{"prompt": "x", "seconds": "long"}', "items[0].seconds", "Line 1, seconds"),
+        ('{"prompt": "x", "metadata": {"a": NaN}}', "items[0]", "NaN is not a number"),
+        ('{"prompt": "x", "metadata": {"a": 1e999}}', "items[0]", "too large a number"),
+        ('{"prompt": "\\u0000"}', "items[0]", "u0000"),
+        ('{"prompt": "\\ud800"}', "items[0]", "half of a character"),
+        ('{"prompt": "x"}\n{"prompt": "x", "model": "nobody"}', "items[1].model", "Item 2: No model"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(house: House, text: str, field: str, said: str) -> None:
+    error = house.refused(
+        "POST", "/batches", content=text or "\n", headers={"content-type": "application/x-ndjson"}, status=400
+    )
+    assert error["field"] == field
+    assert said in error["message"]
+    assert house.get("/jobs")["total"] == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [({"confirm": "yes"}, "confirm"), ({"metadata": "{"}, "metadata"), ({"colour": "red"}, "colour"),
+     ({"priority": "urgent"}, "priority"), ({"items": "[]"}, "items")],
+)  # fmt: skip
+def test_options_of_a_form_that_are_wrong(house: House, data: dict[str, str], field: str) -> None:
+    error = house.refused("POST", "/batches", files={"file": ("a", LINES)}, data=data, status=400)
+    assert error["field"] == field
+
+
+def test_forms_that_are_wrong(house: House) -> None:
+    assert house.refused("POST", "/batches", files={"f": ("a", LINES)}, status=400)["field"] == "file"
+    error = house.refused("POST", "/batches", files={"file": ("a", b"\xff\xfe")}, status=400)
+    assert "UTF-8" in error["message"]
+    error = house.refused("POST", "/batches", {"items": [*items(1), "x"]}, status=400)
+    assert error["field"] == "items[1]"
+
+
+def test_a_batch_is_all_or_nothing(either_house: House) -> None:
+    """The credits do not cover the whole: no job of it is made."""
+    house = either_house
+    with house.db.write() as tx:
+        accounts.change(tx, "default", plan="pro")
+        accounts.change(tx, "default", limits={"daily_jobs": 5, "overdraft": False})
+    error = house.refused("POST", "/batches", {"items": items(6)}, status=400)
+    assert "5 in 24 hours" in error["message"]
+    dear = items(5, quality="standard", resolution="4k", seconds=8)
+    house.post("/batches", {"items": dear, "confirm": False})  # its price can be asked
+    with house.db.write() as tx:
+        ledger.renew(tx, "default", 100, "less")
+    house.refused("POST", "/batches", {"items": dear}, status=402)
+    assert house.get("/jobs")["total"] == 0
+    with house.db.read() as tx:
+        assert ledger.check(tx) == []
+
+
+def test_what_a_batch_has_above_its_slots_waits(either_house: House) -> None:
+    house = either_house
+    with house.db.write() as tx:
+        accounts.change(tx, "default", limits={"concurrency": 2})
+    batch = house.post("/batches", {"items": items(5)})
+    assert {k: n for k, n in batch["counts"].items() if n} == {"queued": 2, "throttled": 3}
+    for _ in range(5):
+        house.succeed(house.claim())
+    assert house.get(f"/batches/{batch['id']}")["state"] == "finished"
+
+
+def test_a_repeated_batch_is_made_once(either_house: House) -> None:
+    house = either_house
+    given = {"items": items(2)}
+    first = house.call("POST", "/batches", given, headers={"idempotency-key": "b1"})
+    again = house.call("POST", "/batches", given, headers={"idempotency-key": "b1"})
+    assert (again.status_code, again.json()) == (201, first.json())
+    assert again.headers["idempotency-replayed"] == "true"
+    other = house.refused(
+        "POST", "/batches", {"items": items(3)}, headers={"idempotency-key": "b1"}, status=422
+    )
+    assert other["code"] == "idempotency_mismatch"
+    assert house.get("/jobs")["total"] == 2
