@@ -75,6 +75,11 @@ def add_task_inputs(
     return folder
 
 
+def shard_sizes(n: int) -> list[int]:
+    """How n clips are shared out; all shards but the last are full."""
+    return [min(SHARD, n - start) for start in range(0, n, SHARD)]
+
+
 def make(
     root: Path,
     *,
@@ -87,13 +92,13 @@ def make(
     workers: int,
 ) -> None:
     """Fill `root/clips` and `root/images` with shards."""
-    plan = [("clips", frames, i) for i in range(clips // SHARD)]
-    plan += [("images", 1, i) for i in range(images // SHARD)]
+    plan = [("clips", frames, i, n) for i, n in enumerate(shard_sizes(clips))]
+    plan += [("images", 1, i, n) for i, n in enumerate(shard_sizes(images))]
     with ProcessPoolExecutor(workers) as pool:
         jobs = [
             pool.submit(make_shard, root / kind / f"{i:04d}", seed + i + (10**6 if kind == "images" else 0),
-                        level=level, n=SHARD, frames=n, size=size)
-            for kind, n, i in plan
+                        level=level, n=n, frames=length, size=size)
+            for kind, length, i, n in plan
         ]  # fmt: skip
         for done, job in enumerate(jobs, 1):
             print(f"{done}/{len(jobs)} {job.result()}", flush=True)

@@ -2,13 +2,15 @@
 
     python -m training.export runs mutoscope/pocket
 
-Matrices of the transformer and the text encoder become Q8_0, other matrices and all convolutions F16, vectors F32.
+Into another folder it writes a whole model, which `--model FOLDER` takes. Matrices of the transformer and the text
+encoder become Q8_0, other matrices and all convolutions F16, vectors F32.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import mutoscope
 from mutoscope.engine.gguf import GGMLType
 from mutoscope.engine.gguf_writer import GGUFWriter
 from mutoscope.engine.quants import quantize
 from mutoscope.engine.vae import VAEConfig
 from training import captions, data, pca, train_dit, train_vae
 
+POCKET, MANIFEST = Path(mutoscope.__file__).parent / "pocket", "model.toml"
 QUANTISED = ("blocks.", "vace_blocks.", "enc.blk.", "token_embd", "time_projection")
 
 
@@ -87,6 +91,8 @@ def export(runs: Path, root: Path, out: Path) -> None:
                           {"general.architecture": "wan_vae", **about, **config.metadata}),
     }  # fmt: skip
     (out / "vocabulary.json").write_text(json.dumps(captions.vocabulary()))
+    if not (out / MANIFEST).exists():  # a folder to try, not the package's
+        shutil.copy(POCKET / MANIFEST, out)
     for name, size in sizes.items():
         print(f"{name} {size / 1e6:.2f} MB")
 

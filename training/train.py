@@ -1,6 +1,7 @@
 """The whole recipe of the starter as one command, sharing out the given time.
 
     python -m training.train runs --minutes 200                     on a CPU, from nothing
+    python -m training.restore mutoscope/pocket runs                to go on from the shipped weights instead
     python -m training.train runs --minutes 200 --skip data vae     continue the transformer from runs/dit.pt
 
 Every part continues from what is in the folder, with a fresh optimiser, so the command can be stopped at any time and
@@ -12,25 +13,50 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from training import data, pca
+from training import data, pca, world
+from training.questions import OTHER_FORMS
 
-PLAN: tuple[tuple[str, tuple[str, ...], float], ...] = (
-    ("vae", ("training.train_vae", "decoder"), 0.11),
-    ("vae", ("training.train_vae", "encoder"), 0.09),
-    ("dit", ("training.train_dit", "images", "--compile"), 0.25),
-    ("dit", ("training.train_dit", "clips", "--compile", "--pictures", "--batch", "64"), 0.33),
-    ("dit", ("training.train_dit", "vace", "--compile", "--batch", "64"), 0.22),
-)
-"""Name for --skip, the module and its arguments, and its share of the time."""
+
+@dataclass(frozen=True)
+class Part:
+    """One call of a trainer: its group for --skip, its module and arguments, its share of the time."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    share: float
+    other_forms: bool = True
+
+
+PLAN = (
+    Part("vae", "training.train_vae", ("decoder",), 0.20),
+    Part("vae", "training.train_vae", ("encoder",), 0.06),
+    Part("dit", "training.train_dit", ("images", "--compile", "--decay", "0.2"), 0.12, other_forms=False),
+    Part("dit", "training.train_dit", ("clips", "--compile", "--pictures", "--decay", "0.15"), 0.22),
+    Part("dit", "training.train_dit", ("vace", "--compile", "--pictures", "--decay", "0.45", "--ema", "0.995"), 0.40),
+)  # fmt: skip
 
 
 def run(module: str, *arguments: str) -> None:
     print("+", "python -m", module, *arguments, flush=True)
     subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+
+
+def render(a: argparse.Namespace) -> list[Path]:
+    """Clips and pictures of 64 x 64, and a smaller folder of clips for each other size and length; those folders."""
+    root, common = a.runs / "data", ["--level", a.level, "--workers", str(a.threads)]
+    folders = [root / f"{width}x{height}x{frames}" for width, height, frames in OTHER_FORMS]
+    if "data" not in a.skip:
+        run("training.data", str(root), *common, "--clips", str(a.clips), "--images", str(a.images))
+        for i, (folder, (width, height, frames)) in enumerate(zip(folders, OTHER_FORMS, strict=True)):
+            form = ["--size", str(width), str(height), "--frames", str(frames), "--seed", str(501 + i)]
+            run("training.data", str(folder), *common, "--clips", str(a.others), "--images", "0", *form)
+    return [folder for folder in folders if folder.exists()]
 
 
 def main() -> None:
@@ -41,52 +67,36 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="where the transformer is trained, e.g. cuda")
-    parser.add_argument("--clips", type=int, default=12 * data.SHARD)
-    parser.add_argument("--images", type=int, default=48 * data.SHARD)
-    parser.add_argument("--skip", nargs="*", default=[], choices=("data", "vae", "dit", "export"))
+    parser.add_argument("--level", default="full", choices=tuple(world.LEVELS))
+    parser.add_argument("--clips", type=int, default=10 * data.SHARD)
+    parser.add_argument("--images", type=int, default=24 * data.SHARD)
+    parser.add_argument("--others", type=int, default=data.SHARD, help="clips of each other size and length")
+    parser.add_argument("--batch", type=int, default=64, help="clips in a batch")
+    parser.add_argument("--skip", nargs="*", default=[], choices=("data", "vae", "dit", "export", "evaluate"))
     parser.add_argument("--out", type=Path, default=Path("mutoscope/pocket"))
     a = parser.parse_args()
     a.runs.mkdir(parents=True, exist_ok=True)
-    clips = a.runs / "data"
-    if "data" not in a.skip:
-        run(
-            "training.data",
-            str(clips),
-            "--clips",
-            str(a.clips),
-            "--images",
-            str(a.images),
-            "--workers",
-            str(a.threads),
-        )
+    others = render(a)
+    root = a.runs / "data"
     if not (a.runs / "code.pt").exists():
-        frames = [shard.frames[:400] for shard in data.shards(clips, "clips", most=2)]
+        frames = [shard.frames[:400] for shard in data.shards(root, "clips", most=2)]
         pca.fit(np.concatenate(frames)).save(a.runs / "code.pt")
-    for name, (module, *arguments), share in PLAN:
-        if name in a.skip:
+    for part in PLAN:
+        if part.name in a.skip:
             continue
-        out = a.runs / f"{name}.pt"
-        common = [
-            "--data",
-            str(clips),
-            "--out",
-            str(out),
-            "--minutes",
-            f"{share * a.minutes:.1f}",
-            "--threads",
-            str(a.threads),
-        ]
-        run(module, *arguments, *common, *(["--device", a.device] if name == "dit" else []))
+        options = {
+            "--data": root, "--out": a.runs / f"{part.name}.pt", "--minutes": f"{part.share * a.minutes:.2f}",
+            "--threads": a.threads,
+        }  # fmt: skip
+        if part.name == "dit":
+            options |= {"--device": a.device, "--batch": a.batch * (2 if "images" in part.arguments else 1)}
+        also = ("--also", *map(str, others)) if part.other_forms and others else ()
+        run(part.module, *part.arguments, *(str(word) for pair in options.items() for word in pair), *also)
     if "export" not in a.skip:
-        run("training.export", str(a.runs), str(a.out), "--data", str(clips))
-        run(
-            "training.evaluate",
-            "--json",
-            "docs/starter-evaluation.json",
-            "--write",
-            "README.md",
-            "docs/starter.md",
-        )
+        run("training.export", str(a.runs), str(a.out), "--data", str(root))
+    if "evaluate" not in a.skip:
+        report = ("--json", "docs/starter-evaluation.json", "--write", "README.md", "docs/starter.md")
+        run("training.evaluate", *report, "--model", str(a.out))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Examples:
     def __init__(self, root: Path, kind: str, code: pca.LinearCode, tokenizer: Tokenizer, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.code = code
-        self.shards = data.shards(root, kind, in_memory=kind == "clips")  # VACE tasks pick frames at random
+        self.shards = data.shards(root, kind)
         latents, ids, classes, masks = [], [], [], []
         self.has_task_inputs = all(shard.unnamed is not None for shard in self.shards)
         for shard in self.shards:
@@ -237,7 +237,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
         for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * optim.decayed(progress, decay=a.decay)
         source, n, refer = examples, a.batch, False
-        if pictures is not None and step % 6 in (3, 5):
+        if pictures is not None and step % 6 in ((3,) if stage == "vace" else (3, 5)):
             source, n = pictures, 4 * a.batch
         elif others and step % 6 == 2:
             source, n = others[(step // 6) % len(others)], a.batch // 2
@@ -294,7 +294,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pictures", action="store_true", help="every third batch is of pictures")
+    parser.add_argument(
+        "--pictures",
+        action="store_true",
+        help="every third batch is of pictures (with VACE tasks every sixth)",
+    )
     parser.add_argument(
         "--also", type=Path, nargs="*", default=[], help="data of other sizes, every sixth batch in turn"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +48,25 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 class Batches:
-    """Random windows of clips, [B, 3, F, H, W] in [-1, 1], with the object masks."""
+    """Random windows of clips, [B, 3, F, H, W] in [-1, 1], with the object masks.
 
-    def __init__(self, root: Path, n_frames: int, seed: int) -> None:
-        self.shards = data.shards(root, "clips", most=4, in_memory=True)
+    `also` are folders with clips of other sizes: every third batch, half as large, is of one of them.
+    """
+
+    def __init__(self, root: Path, n_frames: int, seed: int, also: Sequence[Path] = ()) -> None:
+        self.shards = data.shards(root, "clips", most=8)
+        self.others = [data.shards(other, "clips", most=1) for other in also]
         self.n_frames = n_frames
         self.rng = np.random.default_rng(seed)
+        self.drawn = 0
 
     def next(self, n: int) -> tuple[Tensor, Tensor]:
-        clips, masks = [], []
+        clips, masks, shards = [], [], self.shards
+        if self.others and self.drawn % 3 == 2:
+            n, shards = max(1, n // 2), self.others[self.drawn // 3 % len(self.others)]
+        self.drawn += 1
         for _ in range(n):
-            shard = self.shards[self.rng.integers(len(self.shards))]
+            shard = shards[self.rng.integers(len(shards))]
             i = self.rng.integers(len(shard.frames))
             start = self.rng.integers(shard.frames.shape[1] - self.n_frames + 1)
             clips.append(shard.frames[i, start : start + self.n_frames])
@@ -83,10 +92,9 @@ class Batches:
         return video
 
 
-def train(
-    mode: str, root: Path, out: Path, minutes: float, batch: int, n_frames: int, lr: float, seed: int
-) -> None:
-    torch.manual_seed(seed)
+def train(mode: str, a: argparse.Namespace) -> None:
+    out, lr, n_frames = a.out, a.lr, a.frames
+    torch.manual_seed(a.seed)
     code = pca.LinearCode.load(out.parent / "code.pt")
     vae = build()
     if out.exists():
@@ -101,13 +109,13 @@ def train(
     ]
     rates = [group["lr"] for o in optimisers for group in o.param_groups]
     ema = optim.EMA(vae, 0.995)
-    batches = Batches(root, n_frames, seed + int(time.time()))
+    batches = Batches(a.data, n_frames, a.seed + int(time.time()), a.also)
     start = last = time.time()
     step, running = 0, {}
-    while (progress := (time.time() - start) / (60 * minutes)) < 1:
+    while (progress := (time.time() - start) / (60 * a.minutes)) < 1:
         for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * optim.decayed(progress)
-        video, mask = batches.next(batch)
+        video, mask = batches.next(a.batch)
         shown = video if mode in ("decoder", "finish") else batches.gray_out(video)
         target = code.encode(shown)
         loss = torch.zeros(())
@@ -166,9 +174,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="data of other sizes")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    train(a.mode, a.data, a.out, a.minutes, a.batch, a.frames, a.lr, a.seed)
+    train(a.mode, a)
 
 
 if __name__ == "__main__":

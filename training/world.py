@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,6 +182,7 @@ def is_held_out(scene: Scene) -> bool:
     return any(is_held_out_combination(o.shape, o.color, o.motion) for o in scene.objects)
 
 
+@lru_cache(maxsize=len(COLORS) * len(BACKGROUNDS))
 def distinguishable(color: str, background: str) -> bool:
     """True if the object colour stands out from the background, darkest and lightest tone included."""
     rgb = np.array(COLORS[color], float)
