@@ -19,7 +19,13 @@ from mutoscope.errors import RequestError
 from mutoscope.manifest import suggest
 
 PREFIX = "MUTOSCOPE_"
-NOT_OURS = ("HOME", "DEBUG", "SETTINGS_JSON", "TEST_STOP_AT")  # the command line's, and between processes
+NOT_OURS = (
+    "HOME",
+    "DEBUG",
+    "KEY",
+    "SETTINGS_JSON",
+    "TEST_STOP_AT",
+)  # the command line's, clients', between processes
 
 
 class Settings(BaseModel):

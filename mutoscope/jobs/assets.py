@@ -212,6 +212,14 @@ def listing(
     ]
 
 
+def digests(tx: Tx, asset_ids: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the bytes of files, by id."""
+    if not asset_ids:
+        return {}
+    rows = tx.all(sa.select(assets.c.id, assets.c.sha256).where(assets.c.id.in_(asset_ids)))
+    return {row.id: row.sha256 for row in rows}
+
+
 def used(tx: Tx, asset_ids: Sequence[str], *, hours: float) -> None:
     """Note that a job names these files: they live on for so many hours from now."""
     if asset_ids:

@@ -127,7 +127,7 @@ class Service:
         dumped = spec.dump()
         dedupe = None
         if self.settings.dedupe_seeded_s and spec.seed is not None:
-            dedupe = hashlib.sha256(json.dumps([dialect, dumped], sort_keys=True).encode()).hexdigest()
+            dedupe = hashlib.sha256(self._content(tx, dialect, spec, dumped).encode()).hexdigest()
         new = NewJob(
             account_id=account.id, key_id=caller.key_id, dialect=dialect, operation=spec.operation,
             model=decision.model.name, model_asked=spec.model, candidates=decision.candidates, spec=dumped,
@@ -213,6 +213,14 @@ class Service:
             return None, None
         found = routing.get(tx, caller.account.id, name)
         return found.rules, found.id
+
+    @staticmethod
+    def _content(tx: Tx, dialect: str, spec: JobSpec, dumped: dict[str, Any]) -> str:
+        """What is asked, with files by their content: data inside of a repeated request gets another id."""
+        text = json.dumps([dialect, dumped], sort_keys=True)
+        for asset_id, digest in assets.digests(tx, [m.asset for m in spec.media() if m.asset]).items():
+            text = text.replace(asset_id, digest)
+        return text
 
     def _same_before(self, tx: Tx, new: NewJob) -> Job | None:
         """A seeded request that came within the window before: most likely its answer was lost on the way."""

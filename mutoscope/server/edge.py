@@ -42,6 +42,7 @@ LINES = ("application/jsonl", "application/x-ndjson", "application/jsonlines")
 AT_ONCE = 24
 """Requests that are worked on at the same time; more wait their turn."""
 SEEN_EVERY_S = 60.0
+UNSURE = "Something went wrong when the request was carried out, or after: it may have had its effect."
 
 
 class BodyTooLarge(errors.JobsError):
@@ -61,6 +62,12 @@ class Busy(errors.JobsError):
 
     code = "busy"
     retry_after_s = 1.0
+
+
+class Unsure(MutoscopeError):
+    """It went wrong while, or after, the request was carried out: the caller has to look."""
+
+    code = "unsure"
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (errors.IdempotencyMismatch, 422),
     (errors.LimitExceeded, 429),
     (Busy, 503),
+    (Unsure, 500),
     (errors.JobsError, 400),
     (MutoscopeError, 400),
 )
@@ -123,9 +131,14 @@ async def write(
     after: Callable[[Reply], None] = lambda _: None,
 ) -> Response:
     """A request that changes something. `parse` gets the JSON, the FormData of a multipart body, the text of a body of
-    JSON Lines, or None."""
+    JSON Lines, or None.
+
+    What goes wrong once a POST without an Idempotency-Key may have been carried out tells SDKs not to repeat it.
+    """
+    would_double = False
 
     def work(body: _Body) -> Reply:
+        nonlocal would_double
         caller = _caller(ctx, request)
         parsed = parse(body.value(dialect))
         key = request.headers.get("idempotency-key") if request.method == "POST" else None
@@ -140,6 +153,7 @@ async def write(
             if key is not None:
                 text = _encode(reply).decode() if not isinstance(reply.body, bytes) else ""
                 idempotency.keep(tx, caller.account.id, key, reply.status, reply.headers, text)
+            would_double = key is None and request.method == "POST"
         checkpoint("accepted")
         after(reply)
         return reply
@@ -151,7 +165,7 @@ async def write(
         finally:
             await body.close()
 
-    return await _guarded(request, answer, dialect)
+    return await _guarded(request, answer, dialect, lambda: would_double)
 
 
 async def read(
@@ -198,7 +212,7 @@ def refuse(error: Exception, dialect: Dialect) -> Response:
     if retry is not None:
         headers.setdefault("retry-after", str(max(1, round(retry))))
         headers.setdefault("x-should-retry", "true" if retry <= 60 else "false")
-    elif reply.status in (409, 422):  # the SDKs would try a conflict again
+    elif reply.status in (409, 422) or isinstance(error, Unsure):  # the SDKs would try again
         headers.setdefault("x-should-retry", "false")
     return respond(Reply(reply.status, reply.body, headers, reply.media_type))
 
@@ -221,7 +235,13 @@ def _check_text(*texts: str) -> None:
         raise errors.InvalidRequest(f"The request cannot be taken: {e}.") from e
 
 
-async def _guarded(request: Request, answer: Callable[[], Any], dialect: Dialect) -> Response:
+async def _guarded(
+    request: Request,
+    answer: Callable[[], Any],
+    dialect: Dialect,
+    would_double: Callable[[], bool] = lambda: False,
+) -> Response:
+    """`would_double`: whether a repeat could do the same twice, by what has happened up to now."""
     try:
         _check_text(request.url.path, *request.query_params.values())
         made = await answer()
@@ -230,11 +250,15 @@ async def _guarded(request: Request, answer: Callable[[], Any], dialect: Dialect
         return refuse(e, dialect)
     except sa.exc.OperationalError as e:
         log.warning("the database: %s", e.orig)
+        if would_double():
+            return refuse(Unsure(UNSURE, hint="Look whether it is there before you send it again."), dialect)
         return refuse(Busy("The database is busy; nothing was changed.", hint="Try again."), dialect)
     except ClientDisconnect:
         return Response(status_code=400)
     except Exception as e:
         log.exception("%s %s failed", request.method, request.url.path)
+        if would_double():
+            return refuse(Unsure(UNSURE, hint="Look whether it is there before you send it again."), dialect)
         return refuse(e, dialect)
 
 
@@ -375,6 +399,7 @@ __all__ = [
     "Dialect",
     "MethodNotAllowed",
     "Reply",
+    "Unsure",
     "caller_of",
     "guarded",
     "limited",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +13,7 @@ from runway_house import House, InProcess
 from runwayml import RunwayML
 
 from mutoscope.jobs import queue
+from mutoscope.server import edge
 
 MADE: dict[str, Any] = {"model": "gen4.5", "prompt_text": "a ball", "ratio": "1280:720", "duration": 2}
 
@@ -59,6 +62,45 @@ def test_without_a_key_it_does_as_documented(house: House, monkeypatch: pytest.M
     transport = Losing(InProcess(house.http), answers=1)
     task = client_of(house, transport, monkeypatch).text_to_video.create(**MADE)
     assert transport.retries == ["0", "1"]
+    assert len(made(house)) == 2
+    assert task.id in made(house)
+
+
+def test_with_the_window_a_seeded_repeat_finds_the_first_task(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = House(tmp_path / "window", dedupe_seeded_s=60)
+    data = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+    body: dict[str, Any] = {"model": "gen4_turbo", "prompt_image": data, "ratio": "1280:720"}
+    with house.http:
+        client = client_of(house, Losing(InProcess(house.http), answers=1), monkeypatch)
+        task = client.image_to_video.create(**body, seed=7)
+        assert made(house) == [task.id], "also with a picture inside, which is kept under a new id"
+        assert client.image_to_video.create(**body, seed=8).id != task.id
+        assert client.image_to_video.create(**body, seed=7, prompt_text="it rolls").id != task.id
+        unseeded = {client.image_to_video.create(**body).id for _ in range(2)}
+        assert len(unseeded) == 2
+    house.db.close()
+
+
+def test_what_may_have_been_done_is_not_repeated(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transaction was committed, then the server broke."""
+    broken = iter([True, False])
+
+    def breaks(name: str) -> None:
+        if next(broken, False):
+            raise RuntimeError(f"the server breaks at {name}")
+
+    monkeypatch.setattr(edge, "checkpoint", breaks)
+    transport = Losing(InProcess(house.http), answers=0)
+    with pytest.raises(runwayml.InternalServerError, match="may have had its effect") as told:
+        client_of(house, transport, monkeypatch).text_to_video.create(**MADE)
+    assert told.value.response.headers["x-should-retry"] == "false"
+    assert (transport.retries, len(made(house))) == (["0"], 1)
+    broken = iter([True, False])
+    key = {"Idempotency-Key": "abc"}
+    task = client_of(house, transport, monkeypatch).text_to_video.create(**MADE, extra_headers=key)
+    assert transport.retries == ["0", "0", "1"], "with a key a repeat is safe, and the SDK does it"
     assert len(made(house)) == 2
     assert task.id in made(house)
 
