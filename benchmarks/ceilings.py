@@ -20,6 +20,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig, WanVAE
 from mutoscope.engine.wan import WanConfig
 
+# ---------------------------------------------------------------- machine
+
+
+def matmul(dtype: torch.dtype, shape: tuple[int, int, int]) -> Callable[[], object]:
+    """A dense product [M, K] x [K, N] in float32, bfloat16 or 8-bit integers (uint8 x int8 to bfloat16)."""
+    m, k, n = shape
+    if dtype == torch.int8:
+        x = torch.randint(0, 255, (m, k), dtype=torch.uint8)
+        weight = torch.ops.onednn.qlinear_prepack(torch.randint(-127, 127, (n, k), dtype=torch.int8), None)
+        steps, zeros = torch.rand(n), torch.zeros(n, dtype=torch.int64)
+        return lambda: torch.ops.onednn.qlinear_pointwise(
+            x, 1.0, 128, weight, steps, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+        )
+    a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    out = torch.empty(m, n, dtype=dtype)
+    return lambda: torch.mm(a, b.T, out=out)
+
+
+def copy(n_bytes: int = 1 << 28) -> Callable[[], object]:
+    """Memory to memory; its traffic is twice `n_bytes`."""
+    a = torch.ones(n_bytes, dtype=torch.uint8)
+    b = torch.empty_like(a)
+    return lambda: b.copy_(a)
+
+
 # ---------------------------------------------------------------- transformer
 
 
@@ -43,6 +68,18 @@ def products_of_a_block(config: WanConfig, n_tokens: int, dtype: torch.dtype) ->
     def run() -> None:
         for weight in weights:
             F.linear(inputs[weight.shape[1]], weight)
+
+    return run
+
+
+def integer_products_of_a_block(config: WanConfig, n_tokens: int) -> Callable[[], None]:
+    """The same in 8-bit integers."""
+    sizes = [(config.dim, config.dim)] * 6 + [(config.ffn_dim, config.dim), (config.dim, config.ffn_dim)]
+    products = [matmul(torch.int8, (n_tokens, k, n)) for n, k in sizes]
+
+    def run() -> None:
+        for product in products:
+            product()
 
     return run
 

@@ -4,7 +4,8 @@
     python -m benchmarks.engine --quick # one minute: fewer layers, a smaller picture
 
 Same file, same inputs, same process; contenders run in turns and the warm-up is left out. Both sides compute in
-bfloat16 (float32 on processors without it) from GGUF (transformer) and 16-bit safetensors (VAE) with random weights
+bfloat16 (float32 on processors without it), ours also in the default precision, from GGUF (transformer) and 16-bit
+safetensors (VAE) with random weights
 of the published 1.3B shape. The error of both is against `diffusers` in float32. What is done once per clip is not
 in the time of a forward: for ours the prompt's keys and values and the time embedding, which `diffusers` computes
 anew in every step because its interface is so; their time is given beside.
@@ -18,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -43,12 +46,19 @@ def main() -> None:
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.peak_of:
+        print(peak_of(args.peak_of, args))
+        return
     report: dict[str, Any] = {"benchmark": "engine", **machine(), "rounds": args.rounds}
     print(f"{report['cpu']}, {report['threads']} threads, torch {report['torch']}, {args.rounds} rounds")
     with ExitStack() as stack, torch.inference_mode():
         folder = args.files or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if args.only in (None, "machine"):
+            report["machine"] = machine_ceilings(args.rounds)
         if args.only in (None, "dit"):
             report["dit"] = transformer(folder, args)
+        if args.only in (None, "memory"):
+            report["peak_bytes"] = peaks(folder, args)
         if args.only in (None, "vae"):
             report["vae"] = decoder(folder, args)
     print(json.dumps(report))
@@ -67,7 +77,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vae-size", type=_size, help="of the clip to decode (default 240x128x9)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--only", choices=("dit", "vae"))
+    parser.add_argument("--only", choices=("machine", "dit", "memory", "vae"))
+    parser.add_argument(
+        "--precisions", type=lambda text: text.split(","), default=["auto", "bf16"], help="default: auto,bf16"
+    )
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--files", type=Path, help="folder where model files are kept and found again")
     args = parser.parse_args()
     args.size = args.size or ((256, 128, 9) if args.quick else (480, 256, 9))
@@ -83,81 +97,203 @@ def _size(text: str) -> tuple[int, int, int]:
     return width, height, frames
 
 
+MATMUL = (2048, 1536, 8960)
+ATTENTION = (8192, 12, 128)
+"""Tokens, heads, width of a head."""
+
+
+def machine_ceilings(rounds: int) -> dict[str, Any]:
+    """What the library reaches here, and what our attention makes of it. GFLOP/s; GB/s for copies."""
+    import torch
+    import torch.nn.functional as F
+
+    from benchmarks import ceilings
+    from benchmarks.measure import in_turns
+    from mutoscope.engine.attention import attend_in_blocks
+    from mutoscope.engine.int8 import int8_is_fast
+
+    tokens, heads, width = ATTENTION
+    q, k, v = (torch.randn(1, tokens, heads, width).bfloat16() for _ in range(3))
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if int8_is_fast():
+        dtypes["int8"] = torch.int8
+    runs: dict[str, Callable[[], object]] = {
+        f"matmul {name}": ceilings.matmul(dtype, MATMUL) for name, dtype in dtypes.items()
+    }
+    work = {name: 2e-9 * MATMUL[0] * MATMUL[1] * MATMUL[2] for name in runs}
+    q_, k_, v_ = (t.transpose(1, 2) for t in (q, k, v))
+    runs["attention, library, bfloat16"] = lambda: F.scaled_dot_product_attention(q_, k_, v_)
+    runs["attention, ours, bfloat16"] = lambda: attend_in_blocks(q, k, v, None, width**-0.5)
+    work.update({name: 4e-9 * tokens**2 * heads * width for name in runs if name.startswith("attention")})
+    runs["copy"] = ceilings.copy()
+    work["copy"] = 2 * (1 << 28) / 1e9
+    seconds = in_turns(runs, rounds)
+    report = {name: work[name] / min(seconds[name].rounds) for name in runs}
+    print("\nThis machine, through the library (GFLOP/s; copy: GB/s)")
+    for name, rate in report.items():
+        print(f"  {name:<30} {rate:8.0f}")
+    share = report["attention, ours, bfloat16"] / report["matmul bfloat16"]
+    print(f"  attention at {tokens} tokens: {share:.2f} of the bfloat16 product")
+    return {**report, "attention_share": share}
+
+
 def transformer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """One forward at noise level 700 for one prompt, batch 1."""
+    """One forward at noise level 700 for one prompt, batch 1, in each precision."""
     import torch
 
     from benchmarks import ceilings, peers
     from benchmarks.measure import in_turns, relative_error
+    from mutoscope.engine import pages
+    from mutoscope.engine.int8 import int8_is_fast
     from mutoscope.engine.linear import default_compute_dtype
     from mutoscope.engine.memory import n_tokens
     from mutoscope.engine.wan import rope_table
     from mutoscope.engine.weights import load_wan
+
+    pages.reuse_freed()  # as the pipeline does; the peer gets it too
+    config, path = _file(folder, args)
+    width, height, frames = args.size
+    tokens = n_tokens(width, height, frames)
+    dtype = default_compute_dtype(torch.device("cpu"))
+    x, rows, t = _inputs(config, args.size)
+    rope = rope_table((x.shape[2], x.shape[3] // 2, x.shape[4] // 2), config.head_dim)
+    padded = peers.padded_text(rows)
+
+    models = {name: load_wan(path, precision=name) for name in args.precisions}
+    prepared = {
+        name: (model.text_context(rows, [PROMPT_TOKENS]), model.time_modulation(t))
+        for name, model in models.items()
+    }
+    exact = peers.load_transformer(path, config, torch.float32)
+    expected = exact(x, t, padded, return_dict=False)[0]
+    del exact
+    peer = peers.load_transformer(path, config, dtype)
+
+    def ours(name: str) -> Callable[[], torch.Tensor]:
+        text, time = prepared[name]
+        return lambda: models[name](x, time, text, rope)
+
+    runs: dict[str, Callable[[], Any]] = {name: ours(name) for name in models}
+    runs["diffusers"] = lambda: peer(x.to(dtype), t, padded.to(dtype), return_dict=False)[0]
+    errors = {name: relative_error(run(), expected) for name, run in runs.items()}
+    runs["products"] = ceilings.products_of_a_block(config, tokens, dtype)
+    if int8_is_fast():
+        runs["integer products"] = ceilings.integer_products_of_a_block(config, tokens)
+
+    def once_per_clip() -> None:
+        model = next(iter(models.values()))
+        model.text_context(rows, [PROMPT_TOKENS])
+        model.time_modulation(t)
+
+    runs["once per clip"] = once_per_clip
+    seconds = in_turns(runs, args.rounds)
+
+    linear = ceilings.linear_flops(config, tokens)
+    attention = ceilings.attention_flops(config, tokens, PROMPT_TOKENS + 1)
+    of_block = linear / config.n_layers
+    rates = {key: of_block / min(s.rounds) for key, s in seconds.items() if key.endswith("products")}
+    floors = {"products": (linear + attention) / rates["products"]}
+    if "integer products" in rates:
+        floors["integer products"] = linear / rates["integer products"] + attention / rates["products"]
+    report: dict[str, Any] = {
+        "case": f"DiT forward, 1.3B shape, {args.layers} layers, {args.type}, {width}x{height}x{frames}",
+        "tokens": tokens,
+        "layers": args.layers,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tflop": (linear + attention) / 1e12,
+        "gflops": {key: rate / 1e9 for key, rate in rates.items()},
+        "floor_s": floors,
+        "once_per_clip": seconds["once per clip"].as_json(),
+        "diffusers": {**seconds["diffusers"].as_json(), "relative_error": errors["diffusers"]},
+    }
+    theirs = min(seconds["diffusers"].rounds)
+    print(f"\n{report['case']}, {tokens} tokens, {report['tflop']:.2f} TFLOP")
+    for key, rate in report["gflops"].items():
+        print(f"  {key} of a block {rate:.0f} GFLOP/s: floor {floors[key]:.2f} s")
+    for name in (*models, "diffusers"):
+        row = {**seconds[name].as_json(), "relative_error": errors[name]}
+        row["diffusers_over_this"] = seconds["diffusers"].median / row["median_s"]
+        row["diffusers_over_this_of_minima"] = theirs / row["min_s"]
+        integers = name in ("auto", "int8") and "integer products" in floors
+        row["share_of_floor"] = floors["integer products" if integers else "products"] / row["min_s"]
+        report[name] = row
+        print(
+            f"  {name:<10} {row['median_s']:7.2f} s ({row['min_s']:.2f} to {row['max_s']:.2f})  error "
+            f"{row['relative_error']:.4f}  diffusers / this {row['diffusers_over_this']:.2f} (of minima "
+            f"{row['diffusers_over_this_of_minima']:.2f})"
+            + (f"  floor / this {row['share_of_floor']:.2f}" if name not in ("exact", "diffusers") else "")
+        )
+    report["quiet"] = all(report[n]["max_s"] < QUIET * report[n]["min_s"] for n in (*models, "diffusers"))
+    if not report["quiet"]:
+        print("  The machine was busy with other things: medians mean little, minima more. Run again.")
+    return report
+
+
+def _file(folder: Path, args: argparse.Namespace) -> tuple[Any, Path]:
+    """The configuration and the file of random weights, written if it is not there."""
     from scripts.make_random_model import CONFIGS, with_layers, write_random_model
 
     config = with_layers(CONFIGS["t2v-1.3b"], args.layers)
     path = folder / f"t2v-1.3b-{args.layers}-{args.type}.gguf"
     if not path.exists():
         write_random_model(config, path, args.type)
-    width, height, frames = args.size
-    tokens = n_tokens(width, height, frames)
-    dtype = default_compute_dtype(torch.device("cpu"))
+    return config, path
+
+
+def _inputs(config: Any, size: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+    """Seeded noise [1, C, F, H, W], rows of a prompt [1, S, E], and a noise level [1]."""
+    import torch
+
+    width, height, frames = size
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(1, config.in_dim, (frames + 3) // 4, height // 8, width // 8, generator=rng)
-    rows = torch.randn(1, PROMPT_TOKENS, config.text_dim, generator=rng)
-    t = torch.tensor([700.0])
+    return x, torch.randn(1, PROMPT_TOKENS, config.text_dim, generator=rng), torch.tensor([700.0])
 
-    model = load_wan(path)
-    grid = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
-    rope = rope_table(grid, config.head_dim)
-    text, time = model.text_context(rows, [PROMPT_TOKENS]), model.time_modulation(t)
-    padded = peers.padded_text(rows)
 
-    exact = peers.load_transformer(path, config, torch.float32)
-    expected = exact(x, t, padded, return_dict=False)[0]
-    del exact
-    peer = peers.load_transformer(path, config, dtype)
+def peaks(folder: Path, args: argparse.Namespace) -> dict[str, int]:
+    """Peak memory of a process that loads the file and runs one forward, bytes, for each contender."""
+    _file(folder, args)
+    found = {}
+    for name in (*args.precisions, "diffusers"):
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.engine",
+            *sys.argv[1:],
+            "--files",
+            str(folder),
+            "--peak-of",
+            name,
+        ]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = int(run.stdout.split()[-1])
+        print(f"  {name:<10} peak memory {found[name] / (1 << 30):.2f} GiB")
+    return found
 
-    def ours() -> torch.Tensor:
-        return model(x, time, text, rope)
 
-    def theirs() -> torch.Tensor:
-        return peer(x.to(dtype), t, padded.to(dtype), return_dict=False)[0]
+def peak_of(name: str, args: argparse.Namespace) -> int:
+    """Of this process, after one forward of one contender; the pages of the file that are in memory included."""
+    import torch
 
-    def once_per_clip() -> None:
-        model.text_context(rows, [PROMPT_TOKENS])
-        model.time_modulation(t)
+    config, path = _file(args.files, args)
+    x, rows, t = _inputs(config, args.size)
+    with torch.inference_mode():
+        if name == "diffusers":
+            from benchmarks import peers
 
-    products = ceilings.products_of_a_block(config, tokens, dtype)
-    errors = {"ours": relative_error(ours(), expected), "diffusers": relative_error(theirs(), expected)}
-    runs = {"ours": ours, "diffusers": theirs, "products of one block": products, "prompt": once_per_clip}
-    seconds = in_turns(runs, args.rounds)
+            dtype = torch.bfloat16
+            peer = peers.load_transformer(path, config, dtype)
+            peer(x.to(dtype), t, peers.padded_text(rows).to(dtype), return_dict=False)
+        else:
+            from mutoscope.engine import pages
+            from mutoscope.engine.wan import rope_table
+            from mutoscope.engine.weights import load_wan
 
-    linear, attention = (
-        ceilings.linear_flops(config, tokens),
-        ceilings.attention_flops(config, tokens, PROMPT_TOKENS + 1),
-    )
-    rate = linear / config.n_layers / min(seconds["products of one block"].rounds)
-    report = {
-        "case": f"DiT forward, 1.3B shape, {args.layers} layers, {args.type}, {width}x{height}x{frames}",
-        "tokens": tokens,
-        "layers": args.layers,
-        "dtype": str(dtype).removeprefix("torch."),
-        "ours": {**seconds["ours"].as_json(), "relative_error": errors["ours"]},
-        "diffusers": {**seconds["diffusers"].as_json(), "relative_error": errors["diffusers"]},
-        "once_per_clip": seconds["prompt"].as_json(),
-        "tflop": (linear + attention) / 1e12,
-        "ceiling_gflops": rate / 1e9,
-        "floor_s": (linear + attention) / rate,
-    }
-    _conclude(report)
-    if args.layers < PUBLISHED_LAYERS:
-        scaled = report["ours"]["median_s"] * PUBLISHED_LAYERS / args.layers
-        report["ours_scaled_to_30_layers_s"] = scaled
-        print(
-            f"  {args.layers} of {PUBLISHED_LAYERS} layers were run: ours would take {scaled:.1f} s, if scaled"
-        )
-    return report
+            pages.reuse_freed()
+            model = load_wan(path, precision=name)  # type: ignore[arg-type]
+            rope = rope_table((x.shape[2], x.shape[3] // 2, x.shape[4] // 2), config.head_dim)
+            model(x, model.time_modulation(t), model.text_context(rows, [PROMPT_TOKENS]), rope)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def decoder(folder: Path, args: argparse.Namespace) -> dict[str, Any]:

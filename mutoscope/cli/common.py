@@ -66,8 +66,10 @@ Memory = Annotated[
     ),
 ]
 Precision = Annotated[
-    Literal["auto", "exact", "bf16", "int8"],
-    typer.Option(help="How layers compute: exact is float32, auto the fastest that stays close to it."),
+    Literal["auto", "exact", "bf16", "int8", "q8", "q6", "q5", "q4", "q3", "q2"],
+    typer.Option(
+        help="How layers compute: exact is float32, auto the fastest that stays close to it; q4 packs to 4 bits first."
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""`mutoscope inspect` and `mutoscope quantize`."""
+"""`mutoscope inspect`, `mutoscope calibrate` and `mutoscope quantize`."""
 
 from __future__ import annotations
 
@@ -124,6 +124,29 @@ def _print_making(info: dict[str, Any]) -> None:
     for name, value in rows.items():
         if value not in (None, ""):
             say(f"  {name:<10} {value}")
+
+
+def calibrate(
+    file: Annotated[Path, typer.Argument(help="A transformer's weight file.", show_default=False)],
+    json_: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure which layers of a model stand 8-bit integers; --precision auto keeps the others in bfloat16.
+
+    The result is written beside the file, as FILE.precision.json.
+    """
+    if not file.is_file():
+        raise FileError(f"{file}: no such file.")
+    from mutoscope.engine import calibrate as calibration
+    from mutoscope.engine.inspect import render_precision
+
+    report = calibration.calibrate([file])
+    target = calibration.write_sidecar(file, report)
+    if json_:
+        say_json({"event": "result", "output": target, **report})
+    else:
+        say(str(target), style="bold")
+        say("\n".join(render_precision(report)))
 
 
 def quantize(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 MIN_LOGITS = 1 << 16
 """Queries times keys per head from which blocks are worth their overhead."""
-BLOCK_LOGITS = 1 << 20
-"""Logits of one block, 2 MiB in bfloat16."""
+BLOCK_LOGITS = 1 << 22
+"""Logits of one block, 8 MiB in bfloat16."""
 BLOCK_QUERIES = (64, 512)
 """Fewest and most queries of a block: the products need some height, the softmax some cache."""
 
@@ -60,27 +60,26 @@ def attend_in_blocks(
 ) -> Tensor:
     """`attend` for inference: one head and one block of queries at a time, all keys at once."""
     (n_batch, n, n_heads, _), n_keys = q_BLHD.shape, k_BSHD.shape[1]
-    q, k = _scaled(q_BLHD, k_BSHD, scale)
+    q, k = (t.transpose(1, 2).contiguous() for t in _scaled(q_BLHD, k_BSHD, scale))
+    v = v_BSHD.transpose(1, 2).contiguous()
     if bias is not None:
         bias = bias.to(q.dtype).expand(n_batch, n_heads, -1, n_keys)
     fewest, most = BLOCK_QUERIES
     step = min(max(BLOCK_LOGITS // n_keys // fewest * fewest, fewest), most, n)
     logits = q.new_empty(step * n_keys)
-    weights = q.new_empty(step * n_keys)
     out = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
     for b in range(n_batch):
         for h in range(n_heads):
-            keys_DS, values_SD = k[b, :, h].T, v_BSHD[b, :, h]
+            keys_DS, values_SD = k[b, h].T, v[b, h]
             for start in range(0, n, step):
                 rows = slice(start, min(start + step, n))
                 count = rows.stop - start
                 logits_LS = logits[: count * n_keys].view(count, n_keys)
-                weights_LS = weights[: count * n_keys].view(count, n_keys)
-                torch.mm(q[b, rows, h], keys_DS, out=logits_LS)
+                torch.mm(q[b, h, rows], keys_DS, out=logits_LS)
                 if bias is not None:
                     logits_LS.add_(bias[b, h, rows if bias.shape[2] > 1 else slice(None)])
-                torch.softmax(logits_LS, -1, out=weights_LS)
-                torch.mm(weights_LS, values_SD, out=out[b, rows, h])
+                torch.softmax(logits_LS, -1, out=logits_LS)
+                torch.mm(logits_LS, values_SD, out=out[b, rows, h])
     return out
 
 

@@ -16,9 +16,13 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
 from mutoscope.engine import memory, umt5, vae, wan
 from mutoscope.engine.gguf import type_name
+from mutoscope.engine.int8 import Int8
+from mutoscope.engine.linear import Packed
+from mutoscope.engine.precision import chooser, read_sidecar
 from mutoscope.engine.weights import Stored, WeightSource, open_weights
 from mutoscope.errors import WeightError
 
@@ -77,7 +81,24 @@ def inspect_file(path: str | Path) -> dict[str, Any]:
     report["groups"] = _histogram((source.tensors[theirs], _group(ours)) for theirs, ours in names.items())
     report["metadata"] = {key: _plain(value) for key, value in source.metadata.items()}
     report["memory"] = _memory(source, config)
+    if isinstance(config, wan.WanConfig):
+        report["precision"] = _precision(source, names)
     return report
+
+
+def _precision(source: WeightSource, names: Mapping[str, str]) -> dict[str, Any]:
+    """What --precision auto makes of a transformer on this machine, and what its sidecar says."""
+    calibration = read_sidecar(source.path)
+    device = torch.device("cpu")
+    choose = chooser("auto", device, calibration["bf16"] if calibration else ())
+    counts: dict[str, int] = {}
+    for theirs, ours in names.items():
+        tensor = source.tensors[theirs]
+        if ours.endswith(".weight") and len(tensor.shape) == 2:
+            way = choose(ours.removesuffix(".weight"), Packed(torch.empty(0), tensor.type_id, tensor.shape))
+            name = "int8" if isinstance(way, Int8) else str(way.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + 1
+    return {"auto": counts, "calibration": calibration}
 
 
 def _group(name: str) -> str:
@@ -163,6 +184,13 @@ def render(report: Mapping[str, Any]) -> str:
     for group, types in {**report["groups"], "all": report["types"]}.items():
         counts = ", ".join(f"{row['tensors']} {name}" for name, row in types.items())
         lines.append(f"  {group:<24} {_size(sum(row['bytes'] for row in types.values())):>9}  {counts}")
+    if "precision" in report:
+        auto = ", ".join(f"{n} {name}" for name, n in report["precision"]["auto"].items())
+        lines += ["", f"Precision auto on this machine: {auto} layers"]
+        calibration = report["precision"]["calibration"]
+        lines += (
+            render_precision(calibration) if calibration else ["  not calibrated: see mutoscope calibrate"]
+        )
     need = report["memory"]
     verdict = "fits" if need["fits"] else "does not fit: it will run from disk, slowly"
     lines += [
@@ -175,6 +203,20 @@ def render(report: Mapping[str, Any]) -> str:
         frames = f"up to {clip['frames']} frames" if clip["frames"] else "too large"
         lines.append(f"  {clip['width']}x{clip['height']}: {frames}")
     return "\n".join(lines)
+
+
+def render_precision(calibration: Mapping[str, Any]) -> list[str]:
+    """What a calibration found, as lines."""
+    errors, kept = calibration["layers"], calibration["bf16"]
+    if not errors:
+        return ["  no layer is large enough for 8-bit integers on this machine"]
+    ordered = sorted(errors, key=lambda path: errors[path], reverse=True)
+    shown = ", ".join(f"{path} {errors[path]:.3f}" for path in ordered[:3])
+    return [
+        f"  calibrated: {len(kept)} of {len(errors)} layers stay in bfloat16; error of the velocity "
+        f"{calibration['velocity_error']:.4f}, all in integers {calibration['velocity_error_int8']:.4f}",
+        f"  most sensitive: {shown}",
+    ]
 
 
 def _size(n_bytes: int) -> str:

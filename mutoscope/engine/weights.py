@@ -43,7 +43,7 @@ from mutoscope.engine.linear import (
     Unpacked,
     default_compute_dtype,
 )
-from mutoscope.engine.precision import PrecisionName, chooser
+from mutoscope.engine.precision import REPACKED, PrecisionName, chooser, read_sidecar, repacked
 from mutoscope.engine.quants import as_tensor
 from mutoscope.errors import FileError, WeightError
 
@@ -282,9 +282,16 @@ def _parameter(values: Tensor, device: torch.device) -> nn.Parameter:
 
 
 def _fill(
-    model: nn.Module, supply: _Supply, device: torch.device, precision_of: Callable[[str, Packed], Precision]
+    model: nn.Module,
+    supply: _Supply,
+    device: torch.device,
+    precision_of: Callable[[str, Packed], Precision],
+    repack: GGMLType | None = None,
 ) -> None:
-    """Give every layer of a meta-device model its weights: packed where large, float32 elsewhere."""
+    """Give every layer of a meta-device model its weights: packed where large, float32 elsewhere.
+
+    repack: pack the linear weights of its blocks anew to this type.
+    """
 
     def small(name: str, shape: Sequence[int]) -> nn.Parameter:
         return _parameter(supply.take(name, shape).values(torch.float32), device)
@@ -292,7 +299,10 @@ def _fill(
     supply.require(name for name, _ in model.named_parameters())
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            weight = supply.take(f"{path}.weight", module.weight.shape).to(device)
+            weight = supply.take(f"{path}.weight", module.weight.shape)
+            if repack is not None and "blocks." in path:
+                weight = repacked(weight, repack)
+            weight = weight.to(device)
             bias = None if module.bias is None else small(f"{path}.bias", module.bias.shape).data
             model.set_submodule(path, QuantLinear(weight, bias, precision_of(path, weight)))
         elif isinstance(module, nn.Embedding):
@@ -310,14 +320,15 @@ def load_wan(
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | None = None,
     precision: PrecisionName = "auto",
+    sidecar: bool = True,
 ) -> wan.WanModel:
     """The diffusion transformer of one file, several shards, or a base file with VACE modules on top.
 
     Linear weights stay packed and run as `precision` says, or all in `compute_dtype` if that is given, except the
-    parts that `WanModel.FLOAT32` lists; all else is float32.
+    parts that `WanModel.FLOAT32` lists; all else is float32. `sidecar`: whether to follow that of the first file.
 
     Raises:
-        WeightError: the tensors do not make up a Wan 2.1 model.
+        WeightError: the tensors do not make up a Wan 2.1 model. FileError: its sidecar is of another file.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     device = torch.device(device)
@@ -337,7 +348,9 @@ def load_wan(
     supply.arch = "wan_vace" if config.vace_layers else "wan_t2v"
     with torch.device("meta"):
         model = wan.WanModel(config)
-    _fill(model, supply, device, chooser(compute_dtype or precision, device))
+    found = read_sidecar(Path(paths[0])) if sidecar else None
+    choose = chooser(compute_dtype or precision, device, found["bf16"] if found else ())
+    _fill(model, supply, device, choose, REPACKED.get(precision))
     return model
 
 

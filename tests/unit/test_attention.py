@@ -71,7 +71,7 @@ def test_memory_is_one_block_of_logits(monkeypatch):
         q = torch.randn(1, n, 1, 32).bfloat16()
         attend(q, q, q)
     assert max(sizes) <= attention.BLOCK_LOGITS
-    assert len(sizes) == 4
+    assert len(sizes) == 2
 
 
 def test_who_uses_blocks():
