@@ -34,7 +34,7 @@ MAX_VELOCITY_ERROR = 0.025
 """Relative L2 of the velocity against float32. What is promised is 0.03."""
 LEVELS = (900.0, 500.0)
 """Noise levels that are looked at."""
-GRID = (2, 12, 16)
+GRID = (2, 8, 8)
 """Frames, rows and columns of tokens."""
 TEXT_ROWS = 40
 
