@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from mutoscope.jobs import accounts, assets, eta, feed, idempotency, outbox, queue
+from mutoscope.jobs import accounts, assets, eta, feed, idempotency, outbox, queue, router
 from mutoscope.jobs.blobs import Blobs
 from mutoscope.jobs.database import Database, Tx
 from mutoscope.jobs.schema import jobs, settings_kept
@@ -39,6 +39,7 @@ def sweep(db: Database, settings: Settings) -> Swept:
         n = idempotency.prune(tx, now - settings.idempotency_hours * 3600)
         n += feed.prune(tx, before=old)
         n += outbox.prune(tx, old)
+        n += router.prune(tx, old)
         n += assets.expire(tx, data_dir=settings.data_dir)
         n += eta.prune(tx)
         accounts.renew_due(tx)

@@ -197,9 +197,11 @@ def keep_many(
     return [row["id"] for row in rows]
 
 
-def prune(tx: Tx, before: float) -> int:
-    """Forget decisions from before a time."""
-    return tx.run(sa.delete(routing_decisions).where(routing_decisions.c.at < before))
+def prune(tx: Tx, before: float, *, limit: int = 10_000) -> int:
+    """Forget decisions from before a time, at most `limit` at once. Returns how many."""
+    c = routing_decisions.c
+    first = tx.scalar(sa.select(sa.func.min(c.seq)))
+    return tx.run(sa.delete(routing_decisions).where(c.seq < (first or 0) + limit, c.at < before))
 
 
 def decisions(

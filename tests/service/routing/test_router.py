@@ -84,7 +84,7 @@ def test_only_models_that_can_do_it(db: Database) -> None:
         with pytest.raises(Unsupported, match="best does not follow extend") as caught:
             decide(tx, extend_start=CLIP, model="best")
         assert caught.value.field == "model"
-        with pytest.raises(InvalidRequest, match="No model can do this. small: .*good: .*best: "):
+        with pytest.raises(InvalidRequest, match=r"No model can do this. small: .*good: .*best: "):
             decide(tx, seconds=299)
 
 
