@@ -99,7 +99,9 @@ def measure(args: argparse.Namespace, models: Path, folder: Path) -> dict[str, A
         timing = model.time_modulation(torch.tensor([700.0]))
         loras = state.open(model, [(file, 0.7) for file in files])
         for turn in range(args.rounds + 1):
-            for name, n in cases.items():
+            k = turn % len(cases)
+            for name in [*cases][k:] + [*cases][:k]:
+                n = cases[name]
                 start = time.perf_counter()
                 state.attach(model, loras[:n])
                 swaps.append((time.perf_counter() - start) / max(n, 1))

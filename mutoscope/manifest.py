@@ -95,16 +95,18 @@ class ModelFile:
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
     """dit_extra: further DiT files whose tensors are added (VACE modules on top of a base model);
-    vocabulary: JSON list of the words that the model knows, for prompt advice."""
+    vocabulary: JSON list of the words that the model knows, for prompt advice; magnitudes: JSON of what MagCache has to
+    know (see engine/cache.py)."""
 
     dit: ModelFile
     text_encoder: ModelFile
     vae: ModelFile
     dit_extra: tuple[ModelFile, ...] = ()
     vocabulary: ModelFile | None = None
+    magnitudes: ModelFile | None = None
 
     def all(self) -> tuple[ModelFile, ...]:
-        optional = (self.vocabulary,) if self.vocabulary else ()
+        optional = (file for file in (self.vocabulary, self.magnitudes) if file is not None)
         return (self.dit, self.text_encoder, self.vae, *self.dit_extra, *optional)
 
 
@@ -165,6 +167,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 _TEXT_KEYS = ("name", "title", "licence", "notes")
 _TOP_KEYS = (*_TEXT_KEYS, "files", "defaults", "sizes", "limits", "service", "loras")
+_OPTIONAL_FILES = ("vocabulary", "magnitudes")
 _FILE_KEYS = ("path", "sha256", "size_bytes", "source")
 _LORA_SETTINGS: dict[str, type] = {"steps": int, "guidance": float, "shift": float, "sampler": str}
 
@@ -214,8 +217,9 @@ def write_manifest(manifest: ModelManifest, path: str | Path) -> None:
     lines += [f"{role} = {described(getattr(manifest.files, role))}" for role in ROLES]
     if manifest.files.dit_extra:
         lines.append(f"dit_extra = [{', '.join(described(f) for f in manifest.files.dit_extra)}]")
-    if manifest.files.vocabulary:
-        lines.append(f"vocabulary = {described(manifest.files.vocabulary)}")
+    for name in _OPTIONAL_FILES:
+        if getattr(manifest.files, name):
+            lines.append(f"{name} = {described(getattr(manifest.files, name))}")
     for section in ("defaults", "limits"):
         lines += ["", f"[{section}]"]
         lines += [
@@ -236,7 +240,7 @@ def write_manifest(manifest: ModelManifest, path: str | Path) -> None:
 
 def _files(table: Mapping[str, Any], path: Path) -> ModelFiles:
     where = f"{path} [files]"
-    _only(table, (*ROLES, "dit_extra", "vocabulary"), where)
+    _only(table, (*ROLES, "dit_extra", *_OPTIONAL_FILES), where)
     missing = [role for role in ROLES if role not in table]
     if missing:
         raise FileError(
@@ -250,7 +254,7 @@ def _files(table: Mapping[str, Any], path: Path) -> ModelFiles:
         text_encoder=_file(table["text_encoder"], path, f"{where} text_encoder"),
         vae=_file(table["vae"], path, f"{where} vae"),
         dit_extra=tuple(_file(e, path, f"{where} dit_extra {i}") for i, e in enumerate(extra)),
-        vocabulary=_file(table["vocabulary"], path, f"{where} vocabulary") if "vocabulary" in table else None,
+        **{k: _file(table[k], path, f"{where} {k}") for k in _OPTIONAL_FILES if k in table},
     )
 
 

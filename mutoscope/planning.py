@@ -37,6 +37,10 @@ DRAFT_SHARE = 0.4
 DISTILLED_GUIDANCE, DISTILLED_SHIFT = 1.0, 5.0
 """What LightX2V runs its step-distilled models with (f8aee98, configs/distill/wan_t2v_distill_4step_cfg_lora.json)."""
 MAX_LORA_STRENGTH = 100.0
+GUIDANCE_KINDS = ("cfg", "zero-star")
+ZERO_SHARE = 0.04
+"""CFG-Zero* leaves out this share of the steps at the start, as its authors advise; at least one."""
+CACHES = ("none", "easy", "tea", "mag")
 
 
 def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationRequest:
@@ -97,6 +101,9 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
         seed=seed,
         negative_prompt=d.negative_prompt if request.negative_prompt is None else request.negative_prompt,
         loras=loras,
+        guidance_interval=_interval(request.guidance_interval),
+        guidance_kind=_guidance_kind(request.guidance_kind, steps),
+        cache=_switch("cache", request.cache, CACHES, 0.0, 10.0),
     )
 
 
@@ -160,6 +167,41 @@ def _loras(loras: tuple[Lora, ...], manifest: ModelManifest) -> tuple[Lora, ...]
                            -MAX_LORA_STRENGTH, MAX_LORA_STRENGTH)  # fmt: skip
         planned.append((str(file) if own else file, strength))
     return tuple(planned)
+
+
+def _interval(interval: tuple[float, float]) -> tuple[float, float]:
+    start, stop = interval if len(interval) == 2 else (math.nan, math.nan)
+    if not 0 <= start <= stop <= 1:
+        raise RequestError(f"guidance_interval = {tuple(interval)}, two fractions of the steps expected.",
+                           hint="Like (0.2, 0.8): from a fifth to four fifths.")  # fmt: skip
+    return float(start), float(stop)
+
+
+def _guidance_kind(text: str, steps: int) -> str:
+    """ "zero-star" gets the number of steps that it leaves out."""
+    kind = _switch("guidance_kind", text, GUIDANCE_KINDS, 0, steps - 1)
+    name, equals, number = kind.partition("=")
+    if name != "zero-star":
+        return kind
+    zero = float(number) if equals else min(max(1, round(ZERO_SHARE * steps)), steps - 1)
+    if zero != int(zero):
+        raise RequestError(f"guidance_kind = {text!r}: a whole number of steps expected.")
+    return f"{name}={int(zero)}"
+
+
+def _switch(field: str, text: str, known: tuple[str, ...], low: float, high: float) -> str:
+    """A name, or a name with a number; the first of `known` takes none."""
+    name, equals, number = text.partition("=")
+    if name not in known or (equals and name == known[0]):
+        raise RequestError(f"{field} = {text!r}, expected one of {', '.join(known)}.",
+                           hint=suggest(name, known))  # fmt: skip
+    if not equals:
+        return name
+    try:
+        value = float(number)
+    except ValueError:
+        raise RequestError(f"{field} = {text!r}: {number!r} is not a number.") from None
+    return f"{name}={_number(field, value, 0.0, low, high):g}"
 
 
 def _choice(name: str, value: object, known: tuple[str, ...]) -> None:

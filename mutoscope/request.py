@@ -106,7 +106,12 @@ class GenerationRequest:
     guidance scale (1.0 = one pass per step), shift moves the noise schedule towards high noise, a missing seed is drawn
     at random.
 
-    loras           low-rank changes of the model, with their strengths: docs/faster.md
+    The rest is told in docs/faster.md:
+
+    loras               low-rank changes of the model, with their strengths
+    guidance_interval   the part of the steps that is guided, as fractions: (0.2, 0.8) leaves out a fifth at both ends
+    guidance_kind       "cfg", or "zero-star" (CFG-Zero*), with the number of steps left out at the start: "zero-star=1"
+    cache               steps that are not computed: "none", "easy", "tea" or "mag", with a threshold: "easy=0.05"
     """
 
     prompt: str
@@ -123,6 +128,9 @@ class GenerationRequest:
     seed: int | None = None
     quality: Literal["draft", "standard"] = "standard"
     loras: tuple[Lora, ...] = ()
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_kind: str = "cfg"
+    cache: str = "none"
 
     def summary(self) -> dict[str, Any]:
         """JSON-able description, for metadata: what is unset is left out, arrays are named by their shape."""
