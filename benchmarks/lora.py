@@ -73,6 +73,7 @@ def measure(args: argparse.Namespace, models: Path, folder: Path) -> dict[str, A
     clock = time.process_time if args.threads == 1 else time.perf_counter
 
     from benchmarks.measure import machine, relative_error
+    from mutoscope.engine import pages
     from mutoscope.engine.lora import Attached
     from mutoscope.engine.memory import n_tokens
     from mutoscope.engine.wan import rope_table
@@ -93,6 +94,7 @@ def measure(args: argparse.Namespace, models: Path, folder: Path) -> dict[str, A
     cases = {"none": 0, "one": 1, f"{args.several}": args.several}
     times: dict[str, list[float]] = {name: [] for name in cases}
     swaps, outputs = [], {}
+    pages.reuse_freed()
     with torch.inference_mode():
         model, state = load_wan(path, precision=args.precision), Attached()
         rope = rope_table((x.shape[2], x.shape[3] // 2, x.shape[4] // 2), config.head_dim)

@@ -218,6 +218,30 @@ def generate(
             help="What to avoid (default: the model's).", show_default=False, rich_help_panel=_SAMPLING
         ),
     ] = None,
+    guidance_interval: Annotated[
+        str,
+        typer.Option(
+            metavar="FROM,TO",
+            help="The part of the steps that is guided, as fractions, like 0.2,0.8; the rest takes half the time.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = "0,1",
+    guidance_kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="cfg, or zero-star (CFG-Zero*), with the number of steps left out at the start: zero-star=1.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = "cfg",
+    cache: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND[=THRESHOLD]",
+            help="Leave out steps that change little: easy, tea, mag, or none. See docs/faster.md.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = "none",
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -309,6 +333,9 @@ def generate(
         seed=seed,
         quality=quality,
         loras=tuple(parse.lora(text) for text in lora or ()),
+        guidance_interval=parse.interval(guidance_interval),
+        guidance_kind=guidance_kind,
+        cache=cache,
     )
     requests = [plan(replace(request, prompt=text), manifest) for text in texts]
     outputs = parse.output_paths(output, texts, force=force)

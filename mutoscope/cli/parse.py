@@ -62,6 +62,15 @@ def lora(text: str) -> tuple[str, float | None]:
     return (name, numbers[0]) if numbers is not None and len(numbers) == 1 else (text, None)
 
 
+def interval(text: str) -> tuple[float, float]:
+    """0.2,0.8 to two fractions."""
+    numbers = _numbers(text)
+    if numbers is None or len(numbers) != 2:
+        raise RequestError(f"--guidance-interval {text!r}: not an interval.",
+                           hint="Expected two fractions of the steps, like 0.2,0.8.")  # fmt: skip
+    return numbers[0], numbers[1]
+
+
 def outpaint(text: str) -> Outpaint:
     """left=0.25,top=0.5 to margins."""
     sides = {f.name: 0.0 for f in fields(Outpaint)}

@@ -37,6 +37,11 @@ def _options(request: Mapping[str, Any], model: Any) -> Iterator[str]:
             yield from (f"--{name}", _number(request[name]))
     if "negative_prompt" in request:
         yield f"--negative={request['negative_prompt']}"
+    if "guidance_interval" in request:
+        yield f"--guidance-interval={_joined(request['guidance_interval'])}"
+    for name in ("guidance_kind", "cache"):
+        if name in request:
+            yield from (f"--{name.replace('_', '-')}", request[name])
     for file, strength in request.get("loras", ()):
         yield f"--lora={file}={_number(strength)}"
     yield from _conditioning(request.get("conditioning", {}))

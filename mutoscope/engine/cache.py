@@ -36,8 +36,10 @@ import torch
 from torch import Tensor
 
 from mutoscope.engine.cache_tables import MAG, TEA, MagNumbers, TeaNumbers
+from mutoscope.engine.memory import n_tokens
 from mutoscope.engine.wan import TimeModulation, WanConfig
 from mutoscope.errors import FileError, RequestError
+from mutoscope.request import GenerationRequest
 
 COND, UNCOND = 0, 1
 Branches = tuple[int, ...]
@@ -271,6 +273,13 @@ def make_cache(wanted: str, steps: int, numbers: Numbers, modulation: TimeModula
         return BlockCache((cond, uncond))
     assert kind == "none"
     return NoCache()
+
+
+def kept_bytes(config: WanConfig, request: GenerationRequest) -> int:
+    """What a `BlockCache` keeps of both branches, and the copy that it compares with; float32."""
+    n_references = request.conditioning.n_references
+    tokens = n_tokens(request.width or 0, request.height or 0, request.frames or 0, n_references)
+    return 3 * 4 * tokens * config.dim
 
 
 def _unpublished(name: str, config: WanConfig, hint: str) -> RequestError:

@@ -72,8 +72,8 @@ class SidePath(nn.Module):
         y = _added(self.layer(given if self.takes_shared else low), side, self.up)
         if self.dense is not None:
             y = y + F.linear(low, self.dense)
-        if gelu and y.dtype != dtype and not y.requires_grad:
-            return gelu_(y).to(dtype)
+        if gelu and y.dtype == torch.float32 and not y.requires_grad:
+            return gelu_(y)
         return F.gelu(y, approximate="tanh") if gelu else y
 
     def extra_repr(self) -> str:

@@ -112,6 +112,11 @@ class Changes:
     pairs: dict[str, Pair] = field(default_factory=dict)
     differences: dict[str, list[Difference]] = field(default_factory=dict)
 
+    def nbytes(self, itemsize: int) -> int:
+        """Of what a model keeps while it has them, in numbers of `itemsize`."""
+        pairs = sum(pair.down.numel + pair.up.numel for pair in self.pairs.values())
+        return itemsize * (pairs + sum(d.values.numel for ds in self.differences.values() for d in ds))
+
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mutoscope.catalog import find_model
-from mutoscope.engine import conditioning, latents, lora, memory, pages, sampler, tiling, weights
+from mutoscope.engine import cache, conditioning, latents, lora, memory, pages, sampler, tiling, weights
 from mutoscope.engine.linear import settle
 from mutoscope.engine.precision import checked, compute_dtype
 from mutoscope.engine.tokenizer import Tokenizer, clean_text
@@ -94,6 +94,11 @@ class Models:
         self._loras.attach(self.dit, loras)
         return self.dit
 
+    def numbers(self, request: GenerationRequest) -> cache.Numbers:
+        """What the step cache of a planned request has to know of the transformer."""
+        own = self.manifest.files.magnitudes
+        return cache.find_numbers(request.cache, self.dit.config, own.path if own else None)
+
     def without_loras(self) -> None:
         """Take off whatever the transformer has."""
         self._loras.detach()
@@ -139,12 +144,14 @@ def generate(
     *,
     keep_latents: Path | None = None,
     dump_conditioning: Path | None = None,
+    step_cache: cache.StepCache | None = None,
 ) -> Iterator[Event]:
     """Make one video: yields stages, steps, previews, finished frames, and the result.
 
     keep_latents: a file for the latents, written before decoding; when the generator is closed or fails in the middle
     of denoising, it holds the latest guess of the finished ones.
     dump_conditioning: a folder for what the model is shown.
+    step_cache: in the place of the one that the request names.
 
     Raises:
         RequestError, MediaError: before any work. ResourceError: if memory cannot suffice. OutputError: not a number.
@@ -154,8 +161,8 @@ def generate(
     info = describe(request, models.manifest)
 
     yield Stage(name="load", seconds=clock.seconds)
-    need = _check_models(models, request)
     loras = models.open_loras(request)
+    need = _check_models(models, request, loras)
 
     yield Stage(name="text", seconds=clock.seconds)
     text = _text_context(models, request, loras)
@@ -168,7 +175,7 @@ def generate(
     n_references = request.conditioning.n_references
     shape = latents.shape(models.dit.config.out_dim, request, n_references)
     sigmas = sampler.schedule(request.sampler, request.steps, request.shift)
-    velocity = _velocity(models, request, loras, text, vace, shape, sigmas)
+    velocity = _velocity(models, request, loras, text, vace, shape, sigmas, step_cache)
     solver = sampler.make_solver(request.sampler, sigmas)
     x, state = sampler.noise(shape, request.seed).to(models.device), solver.start()
     done, latest = 0, x
@@ -240,7 +247,7 @@ def write(
             writer.abort()  # does nothing once closed
 
 
-def _check_models(models: Models, request: GenerationRequest) -> memory.Need:
+def _check_models(models: Models, request: GenerationRequest, loras: lora.Loras) -> memory.Need:
     """Opens the networks, and checks what only they can tell."""
     config = models.dit.config
     if not config.vace_layers and not request.conditioning.is_empty:
@@ -248,6 +255,10 @@ def _check_models(models: Models, request: GenerationRequest) -> memory.Need:
             f"{models.manifest.name} follows text only, but the request has pictures, clips, masks or tracks.",
             hint="Choose a VACE model.",
         )
+    numbers = models.numbers(request)
+    more = sum(changes.nbytes(models.dtype.itemsize) for changes, _ in loras)
+    if numbers is not None:
+        more += cache.kept_bytes(config, request)
     return memory.check(
         config,
         request,
@@ -255,7 +266,7 @@ def _check_models(models: Models, request: GenerationRequest) -> memory.Need:
         vae_base_dim=models.vae.config.base_dim,
         itemsize=models.dtype.itemsize,
         promised=models.memory_bytes,
-        resident=models.resident_bytes,
+        resident=models.resident_bytes + more,
     )
 
 
@@ -294,6 +305,7 @@ def _velocity(
     vace: Tensor | None,
     shape: Sequence[int],
     sigmas: Sequence[float],
+    step_cache: cache.StepCache | None = None,
 ) -> Callable[[Tensor, int], Tensor]:
     """The guided velocity at step i. All that does not depend on x is made here, once."""
     device = text.keys[0].device
@@ -302,20 +314,31 @@ def _velocity(
     rope = rope_table(grid, dit.config.head_dim, device=device)
     timesteps = [sampler.timestep(request.sampler, sigma) for sigma in sigmas[:-1]]
     modulation = dit.time_modulation(torch.tensor(timesteps, device=device))
+    steps = step_cache or cache.make_cache(request.cache, request.steps, models.numbers(request), modulation)
+    kind, _, zero = request.guidance_kind.partition("=")
+    guide = sampler.guide_zero_star if kind == "zero-star" else sampler.guide
+    batched = math.prod(grid) <= memory.BATCHED_GUIDANCE_TOKENS
 
-    def one(x: Tensor, i: int, context: TextContext) -> Tensor:
-        side = vace.expand(x.shape[0], -1, -1) if vace is not None else None
+    def run(x: Tensor, i: int, branches: cache.Branches, around: cache.Around | None) -> list[Tensor]:
+        if len(branches) > 1 and not batched:
+            return [v for branch in branches for v in run(x, i, (branch,), around)]
+        context = text.slice(branches[0], branches[-1] + 1)
+        n = len(branches)
+        side = vace.expand(n, -1, -1) if vace is not None else None
+        options = {} if around is None else {"around": partial(around, branches)}
         model = models.dit_with(loras)  # another request may have been served between two steps
-        return model(x, modulation.at(i), context, rope, side, request.conditioning.strength)
+        strength = request.conditioning.strength
+        v = model(x.expand(n, -1, -1, -1, -1), modulation.at(i), context, rope, side, strength, **options)
+        return list(v.split(1))
 
     def velocity(x: Tensor, i: int) -> Tensor:
-        if request.guidance == 1.0:
-            return one(x, i, text)
-        if math.prod(grid) <= memory.BATCHED_GUIDANCE_TOKENS:
-            cond, uncond = one(x.expand(2, -1, -1, -1, -1), i, text).chunk(2)
-        else:
-            cond, uncond = (one(x, i, text.slice(b, b + 1)) for b in range(2))
-        return sampler.guide(cond, uncond, request.guidance)
+        if request.guidance == 1.0 or not sampler.is_guided(i, request.steps, request.guidance_interval):
+            (cond,) = steps.velocities(x, i, (cache.COND,), run)
+            return cond
+        if zero and i < int(zero):
+            return torch.zeros_like(x)
+        cond, uncond = steps.velocities(x, i, (cache.COND, cache.UNCOND), run)
+        return guide(cond, uncond, request.guidance)
 
     return velocity
 

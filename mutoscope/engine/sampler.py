@@ -173,6 +173,22 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     return uncond + scale * (cond - uncond)
 
 
+def guide_zero_star(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """CFG-Zero* (arXiv 2503.18886): guidance from where `uncond` is nearest to `cond`, a multiple of it.
+
+    The multiple is <cond, uncond> / |uncond|^2 of each sample. Tensors [B, ...], float32 out.
+    """
+    cond, uncond = cond.to(torch.float32), uncond.to(torch.float32)
+    c, u = cond.flatten(1), uncond.flatten(1)
+    multiple = (c * u).sum(1) / (u.square().sum(1) + 1e-8)
+    return guide(cond, uncond * multiple.view(-1, *(1,) * (cond.ndim - 1)), scale)
+
+
+def is_guided(i: int, steps: int, interval: tuple[float, float]) -> bool:
+    """Whether step i lies in an interval of fractions of the steps (limited guidance: arXiv 2404.07724)."""
+    return interval[0] <= i / steps < interval[1]
+
+
 def _find(sampler: str) -> Sampler:
     """The row of a sampler, or RequestError with the nearest names."""
     if sampler in SAMPLERS:

@@ -24,7 +24,7 @@ Details that have caused bugs:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -449,11 +449,33 @@ class WanModel(nn.Module):
         rope: Tensor,
         vace_BLD: Tensor | None = None,
         vace_strength: float = 1.0,
+        around: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None,
     ) -> Tensor:
-        """Velocity, float32, of the shape of x. `vace_BLD` comes from `vace_tokens`; None skips the side branch."""
+        """Velocity, float32, of the shape of x. `vace_BLD` comes from `vace_tokens`; None skips the side branch.
+
+        around: stands in the place of the blocks: gets the tokens [B, L, D], and the blocks as a function of them.
+        """
         b, _, f, h, w = x_BCFHW.shape
         x = self.patch_embedding(x_BCFHW)
-        e0 = time.e0
+
+        def blocks(x: Tensor) -> Tensor:
+            return self._through_blocks(x, time.e0, text, rope, vace_BLD, vace_strength)
+
+        x = blocks(x) if around is None else around(x, blocks)
+        out = self.head(x, time.e)
+        out = out.view(b, f, h // 2, w // 2, 2, 2, self.config.out_dim)
+        return out.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, self.config.out_dim, f, h, w)
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        e0: Tensor,
+        text: TextContext,
+        rope: Tensor,
+        vace_BLD: Tensor | None,
+        vace_strength: float,
+    ) -> Tensor:
+        """The tokens [B, L, D], which may be overwritten, through all blocks."""
         n = self.config.n_layers
         hints = {i: m for m, i in enumerate(self.config.vace_layers)} if vace_BLD is not None else {}
         if vace_BLD is not None:
@@ -465,6 +487,4 @@ class WanModel(nn.Module):
                 side = self.vace_blocks[m]
                 c = side(c, e0, rope, text.keys[n + m], text.values[n + m], text.bias_B11S)
                 x = add_gated(x, side.after_proj(c), float(vace_strength))
-        out = self.head(x, time.e)
-        out = out.view(b, f, h // 2, w // 2, 2, 2, self.config.out_dim)
-        return out.permute(0, 6, 1, 2, 4, 3, 5).reshape(b, self.config.out_dim, f, h, w)
+        return x

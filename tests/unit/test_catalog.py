@@ -188,6 +188,7 @@ def test_write_and_read_again(tmp_path: Path) -> None:
                 ModelFile(path=folder / "more.gguf", size_bytes=1),
             ),
             vocabulary=ModelFile(path=folder / "words.json"),
+            magnitudes=ModelFile(path=folder / "magnitudes.json"),
         ),
         defaults=known_model("wan2.1-vace-14b").defaults,
         sizes=((832, 480),),

@@ -340,6 +340,7 @@ EVERYTHING = (
     ("--video", "c.mp4", "--outpaint", "left=0.5,top=.25", "--negative", ""),
     ("--extend-start", "c.mp4", "--extend-end", "c.mp4", "--frames", "9"),
     ("--lora", "x=1.safetensors", "--lora", "x=1.safetensors=0.5"),
+    ("--guidance-interval", "0.5,1", "--guidance-kind", "zero-star=0", "--cache", "easy=0.1"),
 )  # fmt: skip
 
 
