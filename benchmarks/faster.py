@@ -1,10 +1,10 @@
 """Doing less on the starter: how much time each switch saves, and what it does to the result.
 
-    python -m benchmarks.faster --prompts 32          # ten minutes on one core
+    python -m benchmarks.faster --prompts 24          # five minutes on one core
 
-For the held-out prompts of training/evaluate.py, with each switch: passes through the blocks for each clip (a guided
-step is two), seconds of the processor for denoising on one thread, the relative L2 distance of the latents to those of
-the full run, and how often colour, motion and shape are as asked. The last line is JSON.
+For simple held-out prompts of training/questions.py, with each switch: passes through the blocks for each clip (a
+guided step is two), seconds of the processor for denoising on one thread, the relative L2 distance of the latents to
+those of the full run, and how often colour, motion and shape are as asked. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ from mutoscope.events import Frames, Stage
 from mutoscope.manifest import ModelFile
 from mutoscope.request import GenerationRequest
 from scripts.measure_magnitudes import measure
-from training.detect import detect
-from training.evaluate import CHECKS, Case, cases
+from training.questions import ROWS, Question, Seen, questions
 
-CALIBRATION = 8
-"""Prompts after those asked for, for MagCache's ratios."""
+CALIBRATION = 6
+"""Prompts for MagCache's ratios; of another kind than those that are judged."""
 JUDGED = ("colour", "motion class", "shape")
 SWITCHES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -43,7 +42,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "cache easy=0.05": {"cache": "easy=0.05"},
     "cache easy=0.1": {"cache": "easy=0.1"},
     "cache easy=0.2": {"cache": "easy=0.2"},
-    "cache mag=0.06": {"cache": "mag=0.06"},
     "cache mag=0.12": {"cache": "mag=0.12"},
     "guidance interval 0,0.5": {"guidance_interval": (0.0, 0.5)},
     "guidance interval 0.2,0.8": {"guidance_interval": (0.2, 0.8)},
@@ -66,12 +64,12 @@ class Passes:
         self.n += len(args[0])
 
 
-def run(models: Models, case: Case, options: dict[str, Any], folder: Path) -> tuple[Tensor, Any, float]:
+def run(models: Models, asked: Question, options: dict[str, Any], folder: Path) -> tuple[Tensor, Any, float]:
     """Latents, frames, and seconds of the processor for denoising."""
-    scene = case.scene
+    scene = asked.scene
     request = GenerationRequest(
-        prompt=case.prompt,
-        seed=case.seed,
+        prompt=asked.prompt,
+        seed=asked.seed,
         width=scene.width,
         height=scene.height,
         frames=scene.frames,
@@ -92,31 +90,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.faster", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=24, help="of 45, default %(default)s")
     parser.add_argument("--model", default="pocket")
     args = parser.parse_args()
     torch.set_num_threads(1)
     models = Engine(args.model).models
-    every = cases(args.prompts + CALIBRATION)
-    asked, calibration = every[: args.prompts], every[args.prompts :]
     passes = Passes(models)
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "m.json").write_text(json.dumps(measure(models, [case.prompt for case in calibration])))
+        (folder / "m.json").write_text(
+            json.dumps(measure(models, [q.prompt for q in questions("text", CALIBRATION)]))
+        )
         models.manifest = replace(
             models.manifest,
             files=replace(models.manifest.files, magnitudes=ModelFile(path=folder / "m.json")),
         )
         found: dict[str, list[tuple[float, float, float, list[bool]]]] = {name: [] for name in SWITCHES}
-        for case in asked:  # all switches for a prompt, one after the other: the machine changes meanwhile
+        for asked in questions(
+            "plain", args.prompts
+        ):  # all switches for a prompt, one after the other: the machine changes meanwhile
             full: Tensor | None = None
             for name, options in SWITCHES.items():
                 passes.n = 0
-                got, frames, took = run(models, case, options, folder)
+                got, frames, took = run(models, asked, options, folder)
                 full = got if full is None else full
-                seen = detect(frames)
-                right = [CHECKS[check][1](case, seen) for check in JUDGED]
+                seen = Seen.of(asked, frames)
+                right = [ROWS[f"simple prompts: {row}"].judge(asked, seen) for row in JUDGED]
                 found[name].append((passes.n, took, relative_error(got, full), right))
     print("| switch | passes | time | distance | " + " | ".join(JUDGED) + " |")
     print("|---|---|---|---|" + "---|" * len(JUDGED))
