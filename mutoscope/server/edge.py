@@ -17,7 +17,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -128,17 +128,19 @@ async def write(
     dialect: Dialect,
     *,
     max_bytes: int | None = None,
-    after: Callable[[Reply], None] = lambda _: None,
+    after: Callable[[Reply], Awaitable[None]] | None = None,
 ) -> Response:
     """A request that changes something. `parse` gets the JSON, the FormData of a multipart body, the text of a body of
     JSON Lines, or None.
 
+    `after` may wait for something once all is written; it holds no thread.
+
     What goes wrong once a POST without an Idempotency-Key may have been carried out tells SDKs not to repeat it.
     """
-    would_double = False
+    would_double = fresh = False
 
     def work(body: _Body) -> Reply:
-        nonlocal would_double
+        nonlocal would_double, fresh
         caller = _caller(ctx, request)
         parsed = parse(body.value(dialect))
         key = request.headers.get("idempotency-key") if request.method == "POST" else None
@@ -155,15 +157,18 @@ async def write(
                 idempotency.keep(tx, caller.account.id, key, reply.status, reply.headers, text)
             would_double = key is None and request.method == "POST"
         checkpoint("accepted")
-        after(reply)
+        fresh = True
         return reply
 
     async def answer() -> Reply:
         body = await _read(request, max_bytes or ctx.settings.max_body_bytes)
         try:
-            return await _on_thread(lambda: work(body))
+            reply = await _on_thread(lambda: work(body))
         finally:
             await body.close()
+        if after is not None and fresh:
+            await after(reply)
+        return reply
 
     return await _guarded(request, answer, dialect, lambda: would_double)
 

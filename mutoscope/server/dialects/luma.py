@@ -5,6 +5,7 @@ Pure: `to_spec` and its kin (`luma_bodies`), `from_job`, `error`. A generation's
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from mutoscope.jobs import plans, queue
 from mutoscope.jobs.database import Tx
-from mutoscope.jobs.errors import InvalidRequest, NotFound, Unsupported
+from mutoscope.jobs.errors import InvalidRequest, Unsupported
 from mutoscope.jobs.inline import Inline
 from mutoscope.jobs.model import Caller, Failure, Job, Output, State
 from mutoscope.jobs.outbox import Delivery
@@ -167,11 +168,11 @@ def _creating(api: APIRouter, ctx: Context) -> None:
                 )
                 return Reply(201, from_job(job, ctx.links(request).output))
 
-            def until_done(reply: Reply) -> None:
+            async def until_done(reply: Reply) -> None:
                 """`sync`: the answer waits for the picture; its body is what it is then."""
                 wait = (reply.body or {}).get("request") or {}
                 if wait.get("sync"):
-                    _wait(ctx, request, reply, float(wait.get("sync_timeout", 60)))
+                    await _wait(ctx, request, reply, float(wait.get("sync_timeout", 60)))
 
             return await edge.write(ctx, request, parse, act, DIALECT, after=until_done)
 
@@ -257,20 +258,20 @@ def _watching(api: APIRouter, ctx: Context) -> None:
         return await edge.read(ctx, request, lambda _tx, _caller: Reply(200, {"message": "pong"}), DIALECT)
 
 
-def _wait(ctx: Context, request: Request, reply: Reply, timeout_s: float) -> None:
-    """Until the job has ended, or the time is over; then the reply says how it is."""
+async def _wait(ctx: Context, request: Request, reply: Reply, timeout_s: float) -> None:
+    """Until the job has ended, or the time is over; then the reply says how it is. Holds no thread."""
     until = time.monotonic() + timeout_s
-    job_id = reply.body["id"]
-    while True:
+
+    def look() -> Job:
         with ctx.db.read() as tx:
-            try:
-                job = queue.get(tx, job_id)
-            except NotFound:
-                return
+            return queue.get(tx, reply.body["id"], deleted=True)
+
+    while True:
+        job = await edge.on_thread(look)
         if job.is_terminal or time.monotonic() >= until:
             reply.body.update(from_job(job, ctx.links(request).output))
             return
-        time.sleep(LOOK_S)
+        await asyncio.sleep(LOOK_S)
 
 
 def _echo(value: dict[str, Any]) -> dict[str, Any]:

@@ -239,12 +239,21 @@ def _expected(error: ErrorDetails) -> str:
 # -- specs ---------------------------------------------------------------------------------------------------
 
 
-def create_spec(body: CreateBody, picture: Media | None) -> JobSpec:
-    """Text to video; a picture is the first frame."""
+def create_spec(body: CreateBody, reference: Media | None, *, is_clip: bool = False) -> JobSpec:
+    """Text to video; a picture is the first frame, of a clip the structure (its luminance) is followed."""
     width, height = pixels(body.size)
-    keyframes = () if picture is None else (Keyframe(media=picture),)
-    return JobSpec(**body.ours(), model=body.model, keyframes=keyframes, width=width, height=height,
-                   seconds=float(body.seconds))  # fmt: skip
+    common = {
+        **body.ours(),
+        "model": body.model,
+        "width": width,
+        "height": height,
+        "seconds": float(body.seconds),
+    }
+    if reference is None:
+        return JobSpec(**common)
+    if is_clip:
+        return JobSpec(**common, control=reference, control_kind="gray")
+    return JobSpec(**common, keyframes=(Keyframe(media=reference),))
 
 
 def edit_spec(body: RemixBody | EditBody, clip: Clip) -> JobSpec:

@@ -195,13 +195,14 @@ def _creating(api: APIRouter, ctx: Context) -> None:
             body = body_of(CreateBody, fields)
             create_spec(body, None)
             if "input_reference" in sent:
-                return Asked(body, _open(ctx, sent["input_reference"], "image", "input_reference"))
+                return Asked(body, _open(ctx, sent["input_reference"], inline.ANY, "input_reference"))
 
             return Asked(body, found=inputs.look(_named(body), ctx.settings))
 
         def act(tx: Tx, caller: Caller, asked: Asked[CreateBody]) -> Reply:
             body = asked.body
-            spec = create_spec(body, _picture(ctx, tx, caller, asked))
+            reference, is_clip = _given(ctx, tx, caller, asked)
+            spec = create_spec(body, reference, is_clip=is_clip)
             return _submit(ctx, tx, caller, spec, {"seconds": body.seconds, "size": body.size})
 
         return await edge.write(ctx, request, parse, act, DIALECT)
@@ -218,7 +219,7 @@ def _working_on(api: APIRouter, ctx: Context) -> None:
                 fields, sent = unpack(value, files=("video",))
                 body = body_of(kind, fields)
                 if "video" in sent:
-                    file = _open(ctx, sent["video"], "video", "video")
+                    file = _open(ctx, sent["video"], ("video",), "video")
                     to_spec(body, Clip.of_file(file, _PLACEHOLDER))
                     return Asked(body, file)
                 if _reference(body) is None:
@@ -386,17 +387,21 @@ def _named(body: CreateBody) -> list[Named]:
     return [] if url is None else [Named("input_reference.image_url", url, "image")]
 
 
-def _picture(ctx: Context, tx: Tx, caller: Caller, asked: Asked[CreateBody]) -> Media | None:
-    """The first frame, if there is one."""
+def _given(ctx: Context, tx: Tx, caller: Caller, asked: Asked[CreateBody]) -> tuple[Media | None, bool]:
+    """The reference, if there is one, and whether it is a clip. What a URL leads to is expected to be a picture."""
     if asked.file is not None:
-        return _store(ctx, tx, caller, asked.file)
+        return _store(ctx, tx, caller, asked.file), asked.file.kind == "video"
     reference = asked.body.input_reference
     if reference is None:
-        return None
+        return None, False
     if reference.file_id is not None:
-        return Media(asset=reference.file_id)
+        try:
+            asset = assets.get(tx, caller.account.id, reference.file_id)
+        except NotFound as e:
+            raise Refused(str(e), field="input_reference.file_id") from e
+        return asset.media, asset.info.get("kind") == "video"
     kept = inputs.keep(tx, caller.account.id, _named(asked.body), asked.found or {}, ctx.settings)
-    return kept[str(reference.image_url)].media
+    return kept[str(reference.image_url)].media, False
 
 
 def _clip(ctx: Context, tx: Tx, caller: Caller, asked: Asked[B]) -> Clip:
@@ -412,9 +417,9 @@ def _reference(body: Body) -> VideoReference | None:
     return body.video if isinstance(body, EditBody | ExtendBody) else None
 
 
-def _open(ctx: Context, data: bytes, kind: InputKind, field: str) -> Inline:
+def _open(ctx: Context, data: bytes, kinds: tuple[InputKind, ...], field: str) -> Inline:
     """A file that was sent, looked into."""
-    return inline.check(data, kinds=(kind,), field=field, max_bytes=ctx.settings.max_body_bytes)
+    return inline.check(data, kinds=kinds, field=field, max_bytes=ctx.settings.max_body_bytes)
 
 
 def _store(ctx: Context, tx: Tx, caller: Caller, file: Inline) -> Media:
@@ -456,7 +461,8 @@ COVERAGE: tuple[Route, ...] = (
              "jobs/aliases.toml; names of your own models are taken too"),
         Part("seconds", SUPPORTED, "4, 8 or 12"),
         Part("size", SUPPORTED, "OpenAI's four, each of any model"),
-        Part("input_reference", SUPPORTED, "a file; it is the first frame, scaled and cropped to the size"),
+        Part("input_reference", SUPPORTED, "a file: a picture is the first frame, scaled and cropped to the size; of a "
+             "clip the structure is followed (its luminance)"),
         Part("input_reference.image_url", SUPPORTED, "https or data URL; fetched when the job runs"),
         Part("input_reference.file_id", SUPPORTED, "of a file uploaded with POST /api/v1/files"),
         *_OURS,

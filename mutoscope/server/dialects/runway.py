@@ -195,7 +195,9 @@ def _organization(api: APIRouter, ctx: Context) -> None:
             check_version(request)
             account = accounts.get(tx, caller.account.id)
             today = usage.jobs_since(tx, account.id, tx.now - plans.DAY_S)
-            body = runway_organization.organization(account.balance, plans.plan_of(account), today)
+            body = runway_organization.organization(
+                plans.shown_balance(account), plans.plan_of(account), today
+            )
             return Reply(200, body, {})
 
         return await edge.read(ctx, request, act, DIALECT)

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import av
+import openai
 import pytest
 from openai.types import Video
 from openai_house import House
@@ -115,6 +116,20 @@ def test_a_picture_is_the_first_frame(house: House, picture: Path) -> None:
     asset = house.job(from_file.id).spec["keyframes"][0]["media"]["asset"]
     from_id = client.videos.create(prompt="it moves", extra_body={"input_reference": {"file_id": asset}})
     assert house.job(from_id.id).spec["keyframes"][0]["media"] == {"asset": asset}
+
+
+def test_a_clip_as_reference_is_followed(house: House, clip: Path) -> None:
+    client = house.client()
+    made = client.videos.create(prompt="in winter", input_reference=clip)
+    spec = house.job(made.id).spec
+    assert (set(spec["control"]), spec["control_kind"], spec.get("keyframes")) == ({"asset"}, "gray", None)
+    again = client.videos.create(
+        prompt="in summer", extra_body={"input_reference": {"file_id": spec["control"]["asset"]}}
+    )
+    assert house.job(again.id).spec["control"] == spec["control"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.videos.create(prompt="a", extra_body={"input_reference": {"file_id": "nobody"}})
+    assert refused.value.param == "input_reference.file_id"
 
 
 def test_json_bodies_are_taken_too(house: House) -> None:

@@ -9,6 +9,7 @@ import pytest
 import runwayml
 from runway_house import House
 
+from mutoscope.jobs import accounts, ledger
 from mutoscope.jobs import router as routing
 from mutoscope.server.dialects import runway_organization as organization
 from mutoscope.server.dialects.runway_rules import BodyRefused, table
@@ -20,7 +21,12 @@ IMAGE = "https://example.com/a.png"
 
 def test_the_organization_shows_credits_limits_and_the_day(house: House) -> None:
     client = house.client()
+    assert client.organization.retrieve().credit_balance > 10**6, "the unlimited plan needs no credits"
+    with house.db.write() as tx:
+        accounts.change(tx, house.account.id, limits={"overdraft": False})
+        ledger.grant(tx, house.account.id, 100)
     before = client.organization.retrieve()
+    assert before.credit_balance == 100
     assert before.tier.models["gen4.5"].max_concurrent_generations is None
     assert before.usage.models["gen4.5"].daily_generations == 0
     made = client.text_to_video.create(**MADE)
