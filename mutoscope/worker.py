@@ -529,7 +529,7 @@ def failure_of(error: BaseException, model: str) -> tuple[Failure, str]:
         cause = error.__cause__
         if isinstance(cause, (ResourceError, OSError)):
             return Failure.STORAGE, "The result could not be stored: the disk is full or not writable."
-        return Failure.BAD_OUTPUT, f"The result could not be encoded: {cause}"
+        return Failure.BAD_OUTPUT, f"The result could not be encoded: {_base_names(str(cause))}"
     if isinstance(error, fetch.InputError):
         return error.failure, str(error)
     if is_out_of_memory(error) or isinstance(error, ResourceError):

@@ -288,6 +288,7 @@ class Supervisor:
 
     def _drain(self) -> None:
         self.stopped_at = time.monotonic()
+        self.listener.close()  # who comes now is refused at once, instead of waiting for nobody
         for child in self.children:
             if child.process is not None:
                 child.process.send_signal(signal.SIGTERM)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,6 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from mutoscope.jobs import accounts, assets, eta, feed, idempotency, outbox, queue, router
 from mutoscope.jobs.blobs import Blobs
 from mutoscope.jobs.database import Database, Tx
+from mutoscope.jobs.model import TERMINAL, State
 from mutoscope.jobs.schema import jobs, settings_kept
 from mutoscope.settings import Settings
 
@@ -44,6 +48,46 @@ def sweep(db: Database, settings: Settings) -> Swept:
         n += eta.prune(tx)
         accounts.renew_due(tx)
     return Swept(lost=lost, emptied=emptied, forgotten=n)
+
+
+def sweep_leftovers(db: Database, settings: Settings) -> int:
+    """Delete what killed workers left: inputs of leases that are over, and of ended jobs what is no output.
+    Returns how many folders. Looks at every job's folder, so call it seldom.
+
+    Folders of jobs that the database does not know are not ours to judge, and stay.
+    """
+    scratch = [(path, *path.name.rpartition("-")[::2]) for path in _folders(settings.data_dir / "work")]
+    outputs = [(path, path.name) for path in _folders(settings.data_dir / "outputs")]
+    known = _known(db, {job_id for _, job_id, _ in scratch} | {job_id for _, job_id in outputs})
+    gone = []
+    for path, job_id, fence in scratch:
+        job = known.get(job_id)
+        if job is not None and (job.state != State.RUNNING or str(job.fence) != fence):
+            gone.append(path)
+    for path, job_id in outputs:
+        job = known.get(job_id)
+        if job is not None and State(job.state) in TERMINAL:
+            kept = {PurePosixPath(output["path"]).parts[2] for output in job.outputs}
+            gone += [part for part in _folders(path) if part.name not in kept] if kept else [path]
+    for path in gone:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(gone)
+
+
+def _folders(place: Path) -> list[Path]:
+    return [path for path in place.iterdir() if path.is_dir()] if place.is_dir() else []
+
+
+def _known(db: Database, ids: Iterable[str]) -> dict[str, Any]:
+    """State, fence and outputs of jobs."""
+    wanted = sorted(ids)
+    found: dict[str, Any] = {}
+    with db.read() as tx:
+        for start in range(0, len(wanted), 500):
+            part = jobs.c.id.in_(wanted[start : start + 500])
+            query = sa.select(jobs.c.id, jobs.c.state, jobs.c.fence, jobs.c.outputs).where(part)
+            found |= {row.id: row for row in tx.all(query)}
+    return found
 
 
 def _rescue(db: Database, settings: Settings) -> int:

@@ -305,7 +305,9 @@ def succeed(
     tx: Tx, job_id: str, fence: int, outputs: Sequence[Output], result: Mapping[str, Any]
 ) -> Job | None:
     """The files are in place. None: the lease was lost, or a cancel was asked for first, which then counts."""
-    values = {"outputs": [asdict(o) for o in outputs], "result": dict(result), "progress": 1.0, "stage": ""}
+    steps = int(result.get("steps", 0))
+    values = {"outputs": [asdict(o) for o in outputs], "result": dict(result), "progress": 1.0, "stage": "",
+              "step": steps, "steps": steps}  # fmt: skip
     return _move(tx, JobEvent.SUCCEED, values, *_lease(tx, job_id, fence), jobs.c.cancel_asked_at.is_(None))
 
 

@@ -16,7 +16,9 @@ from mutoscope.jobs.errors import InvalidRequest, Unsupported
 from mutoscope.jobs.model import Resolved
 from mutoscope.jobs.registry import WITHOUT_MODEL, Model
 from mutoscope.jobs.spec import JobSpec
-from mutoscope.planning import TEMPORAL_STRIDE, frames_for, plan
+from mutoscope.media.deliver import HDR_FORMATS, PICTURES
+from mutoscope.media.read import MAX_PIXELS
+from mutoscope.planning import MAX_SIDE, TEMPORAL_STRIDE, frames_for, plan
 from mutoscope.request import Conditioning, GenerationRequest
 
 SHORT_SIDE = {"draft": 360, "360p": 360, "540p": 540, "720p": 720, "1080p": 1080, "4k": 2160}
@@ -88,6 +90,22 @@ def check_parts(spec: JobSpec) -> None:
 
     generates = spec.operation not in WITHOUT_MODEL
     need(not spec.loop or any(k.at == 0 for k in spec.keyframes), "loop", "needs a keyframe at 0.")
+    if spec.format is not None:
+        is_picture = spec.format in PICTURES
+        pictures = ", ".join(PICTURES)
+        need(
+            spec.operation != "image" or is_picture,
+            "format",
+            f"{spec.format} is for videos, {pictures} expected.",
+        )
+        need(spec.operation != "video" or not is_picture, "format", f"{spec.format} is for single pictures.")
+        if spec.hdr or spec.operation == "hdr":
+            need(
+                spec.format in HDR_FORMATS,
+                "format",
+                f"{spec.format} is not for HDR: {', '.join(HDR_FORMATS)} are.",
+            )
+    need(spec.scale is None or spec.operation == "upscale", "scale", "is for upscale only.")
     if generates:
         for part in ("mask", "boxes", "outpaint", "reframe"):
             need(not getattr(spec, part) or spec.source is not None, part, "needs a source.")
@@ -130,14 +148,26 @@ def _check_moments(spec: JobSpec, frames: int) -> None:
 
 
 def out_size(spec: JobSpec) -> tuple[int, int] | None:
-    """The asked size of the file, even numbers of pixels; None: whatever the model makes."""
+    """The asked size of the file, even numbers of pixels; None: whatever the model makes.
+
+    Raises:
+        InvalidRequest: a size that nothing here can write.
+    """
     if spec.width is not None and spec.height is not None:
-        return _even(spec.width), _even(spec.height)
+        return _writable(_even(spec.width), _even(spec.height), "width")
     if spec.resolution is None:
         return None
     aspect = aspect_of(spec.aspect_ratio) if spec.aspect_ratio else DEFAULT_ASPECT
     short = SHORT_SIDE[spec.resolution]
-    return (_even(short * aspect), short) if aspect >= 1 else (short, _even(short / aspect))
+    width, height = (_even(short * aspect), short) if aspect >= 1 else (short, _even(short / aspect))
+    return _writable(width, height, "aspect_ratio")
+
+
+def _writable(width: int, height: int, field: str) -> tuple[int, int]:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        most = f"at most {MAX_SIDE} pixels a side and {MAX_PIXELS // 10**6} million pixels expected"
+        raise InvalidRequest(f"A file of {width}x{height}: {most}.", field=field)
+    return width, height
 
 
 def aspect_of(text: str) -> float:

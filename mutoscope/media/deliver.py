@@ -47,6 +47,8 @@ PICTURES = ("png", "jpeg", "webp")
 _EXTENSION = {"png_sequence": "zip", **master.EXTENSIONS}
 _TO_HDR = {"mp4": "hdr10"}
 """What HDR makes of a format that cannot hold it."""
+HDR_FORMATS = (*_TO_HDR, *master.FORMATS)
+"""Formats that can be asked for together with HDR."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,7 @@ class Loops:
         return threading.Thread(target=run, name=name, daemon=True)
 
 
-def _sweep_orphans(ctx: Context) -> int:
+def _sweep_orphans(ctx: Context) -> None:
     with ctx.db.read() as tx:
-        return assets.sweep_orphans(tx, data_dir=ctx.settings.data_dir)
+        assets.sweep_orphans(tx, data_dir=ctx.settings.data_dir)
+    housekeeping.sweep_leftovers(ctx.db, ctx.settings)

@@ -68,6 +68,41 @@ def test_files_of_deleted_jobs_go_at_once(
     assert not (settings.data_dir / "outputs" / job.id).exists()
 
 
+def test_what_killed_workers_left_goes_and_nothing_else(
+    db: Database, settings: Settings, account: str
+) -> None:
+    """Three jobs: one has succeeded, one was cancelled after its worker died, one runs."""
+    done = made(db, settings, account)
+    with db.write() as tx:
+        for _ in range(2):
+            add_job(tx, account)
+        stopped, runs = (queue.claim(tx, "w", ["pocket"], "cpu") for _ in range(2))
+        assert stopped is not None
+        assert runs is not None
+        assert queue.cancelled(tx, stopped.id, stopped.fence)
+    work, outputs = settings.data_dir / "work", settings.data_dir / "outputs"
+    left = [
+        work / f"{stopped.id}-1",
+        work / f"{runs.id}-0",
+        outputs / done.id / "0.part",
+        outputs / stopped.id / "1",
+    ]
+    kept = [
+        work / f"{runs.id}-1",
+        outputs / done.id / "1",
+        outputs / runs.id / "1.part",
+        outputs / "unknown" / "1",
+    ]
+    for folder in (*left, *kept):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "input.png").write_bytes(b"x")
+    assert housekeeping.sweep_leftovers(db, settings) == len(left)
+    assert not any(folder.exists() for folder in left)
+    assert not (outputs / stopped.id).exists()
+    assert all((folder / "input.png").is_file() for folder in kept)
+    assert housekeeping.sweep_leftovers(db, settings) == 0
+
+
 def test_a_silent_worker_loses_its_job_within_forty_seconds(
     db: Database, settings: Settings, account: str, clock: Clock
 ) -> None:

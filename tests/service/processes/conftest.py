@@ -105,7 +105,9 @@ class House:
         assert account.reserved == 0
         done = [job for job in page.jobs if job.state is State.SUCCEEDED]
         assert all(job.is_terminal for job in page.jobs)
-        assert [job.cost_captured for job in page.jobs] == [COST if job in done else 0 for job in page.jobs]
+        assert [job.cost_captured for job in page.jobs] == [
+            job.cost if job in done else 0 for job in page.jobs
+        ]
         named = sorted(Path(o.path).relative_to("outputs").as_posix() for job in done for o in job.outputs)
         assert self.files() == named
 

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
-from mutoscope.jobs import queue
+from mutoscope.jobs import feed, queue
 from mutoscope.jobs.checkpoints import POINTS
 from mutoscope.jobs.model import Failure, State
 from tests.service.processes.harness import ROOT, Serving, serving, wait_until
@@ -44,6 +46,42 @@ def test_a_killed_worker_loses_nothing(service: Serving, point: str) -> None:
     assert job.attempt == (1 if point == "committed" else 2)
     assert job.crashes == job.attempt - 1
     assert service.worker_pid(other_than=pid) != pid
+    service.assert_sound()
+
+
+def test_a_killed_web_process_loses_no_job_and_no_event(service: Serving) -> None:
+    """Killed between the commit of a create and its answer, and again while somebody listens."""
+    url, who = f"{service.url}/api/v1/jobs", {"Authorization": f"Bearer {service.key}"}
+    body = {"prompt": "steps=20 step=0.05", "model": "pocket", "frames": 5, "steps": 20}
+
+    def create() -> httpx.Response:
+        return httpx.post(url, json=body, headers=who | {"Idempotency-Key": "lost answer"}, timeout=60)
+
+    def ids(after: int) -> Iterator[int]:
+        headers = who | {"Last-Event-ID": str(after)}
+        with httpx.stream("GET", f"{url}/{job_id}/events", headers=headers, timeout=60) as stream:
+            yield from (int(line[4:]) for line in stream.iter_lines() if line.startswith("id: "))
+
+    service.arm("accepted")
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(create)
+        os.kill(service.hit("accepted"), signal.SIGKILL)
+        assert isinstance(lost.exception(), httpx.HTTPError)
+    again = create()
+    assert (again.status_code, again.headers["idempotency-replayed"]) == (201, "true")
+    job_id = again.json()["id"]
+
+    first = ids(0)
+    seen = [next(first) for _ in range(3)]
+    service.child("mutoscope.server").kill()
+    first.close()  # type: ignore[attr-defined]
+    seen += ids(seen[-1])
+    job = service.wait(job_id)
+    assert (job.state, job.attempt) == (State.SUCCEEDED, 1)
+    with service.db.read() as tx:
+        told = {event.id for event in feed.after(tx, 0, job_id=job_id)}
+    assert seen == sorted(set(seen))
+    assert told <= set(seen)  # previews are dropped when a job has ended
     service.assert_sound()
 
 
@@ -103,6 +141,32 @@ def test_a_killed_supervisor_takes_all_with_it_and_the_next_one_goes_on(tmp_path
         assert [(job.state, job.crashes) for job in jobs] == [(State.SUCCEEDED, 0)] * 2
         assert [job.attempt for job in jobs] == [2, 1]
         service.assert_sound()
+
+
+def test_sigterm_lets_the_job_in_hand_finish_and_turns_newcomers_away(tmp_path: Path) -> None:
+    with serving(tmp_path) as service:
+        service.start()
+        url = service.url
+        job_id, waiting = service.submit("steps=40 step=0.05"), service.submit(WORK)
+        service.wait(job_id, lambda job: job.progress > 0)
+        assert service.process is not None
+        service.process.send_signal(signal.SIGTERM)
+
+        def is_refused() -> bool:
+            try:
+                httpx.get(f"{url}/healthz", timeout=1)
+            except httpx.ConnectError:
+                return True
+            except httpx.HTTPError:
+                pass
+            return False
+
+        wait_until(is_refused, "a refused connection")
+        assert service.get(job_id).state is State.RUNNING  # at once, not when all has ended
+        assert service.process.wait(60) == 0
+        service.process = None
+        assert (service.get(job_id).state, service.get(job_id).attempt) == (State.SUCCEEDED, 1)
+        assert service.get(waiting).state is State.QUEUED
 
 
 def test_a_worker_that_comes_back_from_the_dead_changes_nothing(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def test_a_job_becomes_a_video(house: House) -> None:
     described = read_metadata(video)
     assert described is not None
     assert (described["seed"], described["request"]["prompt"]) == (5, "steps=12")
-    assert job.progress == 1.0
+    assert (job.progress, job.step) == (1.0, job.steps)
+    assert job.steps == job.result["steps"]
     house.assert_sound()
 
 
@@ -145,6 +146,14 @@ def test_failures_have_codes_and_the_next_job_runs(
     assert runner.released == (failure is Failure.OUT_OF_MEMORY)
     assert house.wait(house.submit("steps=2")).state is State.SUCCEEDED
     house.assert_sound()
+
+
+def test_what_cannot_be_encoded_names_no_place_on_this_machine(house: House) -> None:
+    house.worker()
+    job = house.wait(house.submit("steps=2", format="png"))
+    assert (job.state, job.failure) == (State.FAILED, Failure.BAD_OUTPUT)
+    assert "image.png: a second frame" in job.message
+    assert str(house.settings.data_dir) not in job.message
 
 
 class BadPocket(FakeRunner):
