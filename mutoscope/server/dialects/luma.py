@@ -311,7 +311,7 @@ _REFRAME = (
     Part("model", SUPPORTED), Part("media", SUPPORTED), Part("aspect_ratio", SUPPORTED), Part("prompt", SUPPORTED),
     Part("x_start, x_end, y_start, y_end, resized_width, resized_height", SUPPORTED, "together; not into the source"),
     Part("grid_position_x, grid_position_y", IGNORED, "the crop bounds say where the source lies"),
-    Part("callback_url", SUPPORTED),
+    Part("callback_url", SUPPORTED), Part("generation_type", SUPPORTED),
 )  # fmt: skip
 COVERAGE: tuple[Route, ...] = (
     Route("POST", "/generations", SUPPORTED, "older name of /generations/video", _VIDEO),
@@ -323,6 +323,7 @@ COVERAGE: tuple[Route, ...] = (
         Part("character_ref", SUPPORTED, "references"),
         Part("modify_image_ref", SUPPORTED, "a reference; pictures are not edited in place"),
         Part("sync", SUPPORTED), Part("sync_timeout", SUPPORTED), Part("callback_url", SUPPORTED),
+        Part("generation_type", SUPPORTED),
     )),
     Route("POST", "/generations/image/reframe", SUPPORTED, "", (*_REFRAME, Part("format", SUPPORTED))),
     Route("POST", "/generations/video/reframe", SUPPORTED, "", (*_REFRAME, Part("first_frame", SUPPORTED))),
@@ -331,10 +332,10 @@ COVERAGE: tuple[Route, ...] = (
         Part("media", SUPPORTED, "the result is as long, and as large up to 1080p; 720p for a URL, whose size is not "
              "known yet"),
         Part("prompt", SUPPORTED), Part("first_frame", SUPPORTED),
-        Part("model", SUPPORTED), Part("callback_url", SUPPORTED),
+        Part("model", SUPPORTED), Part("callback_url", SUPPORTED), Part("generation_type", SUPPORTED),
     )),
     Route("POST", "/generations/{generation_id}/upscale", SUPPORTED, "a new generation; resampled, nothing is invented",
-          (Part("resolution", SUPPORTED), Part("callback_url", SUPPORTED))),
+          (Part("resolution", SUPPORTED), Part("callback_url", SUPPORTED), Part("generation_type", SUPPORTED))),
     Route("POST", "/generations/{generation_id}/audio", REFUSED, NO_AUDIO),
     Route("GET", "/generations", SUPPORTED, "", (Part("limit", SUPPORTED), Part("offset", SUPPORTED))),
     Route("GET", "/generations/{generation_id}", SUPPORTED),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import lumaai
 import pytest
@@ -15,6 +17,7 @@ from lumaai import LumaAI
 
 from mutoscope.jobs import outbox, queue
 from mutoscope.jobs.model import Failure, State
+from mutoscope.server import edge
 from mutoscope.server.dialects import luma
 
 
@@ -91,6 +94,25 @@ def test_pictures_and_sync(house: House) -> None:
     assert done.assets.image is not None
     waited = client.generations.image.create(model="photon-1", prompt="a star", sync=True, sync_timeout=0.3)
     assert waited.state == "queued", "the time was over"
+
+
+def test_a_waiting_picture_holds_up_nobody(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sync`, with one thread for all requests."""
+    monkeypatch.setattr(edge, "_limiter", anyio.CapacityLimiter(1))
+    client = house.client()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(
+            client.generations.image.create, model="photon-1", prompt="a star", sync=True, sync_timeout=60
+        )
+        while not house.job_waits():
+            assert not waiting.done()
+            assert client.ping.check().message == "pong"
+        assert client.ping.check().message == "pong"
+        house.finish()
+        done = waiting.result(30)
+    assert done.state == "completed"
+    assert done.assets is not None
+    assert done.assets.image is not None
 
 
 def test_reframe_modify_upscale_audio(house: House) -> None:
