@@ -1,15 +1,17 @@
 """How long a job takes, learned from those that were made; and when a job will be done.
 
-For a (model, device, shape): the median of the last SAMPLES step times and of the rest (text, decoding, writing). A
-shape that was never made is scaled by its work, tokens x steps x passes, from those of the model that were; a model
-that was never run, by a first guess. Kept in the database, so a restart forgets nothing.
+For a (model, device, shape): the median of the last SAMPLES runs, in which each counts FADE of the one after it, since
+machines become faster and slower. A shape that was never made is scaled by its work, tokens x steps x passes, from
+those of the model that were; a model that was never run, by a first guess. Kept in the database, so a restart forgets
+nothing.
 """
 
 from __future__ import annotations
 
-import statistics
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,6 +23,7 @@ from mutoscope.jobs.scheduling import ORDER, QUEUED, RUNNING
 from mutoscope.jobs.schema import jobs, timings, workers
 
 SAMPLES = 20
+FADE = 0.85
 KEPT = 50
 """Samples kept of each (model, device, shape)."""
 GUESS_S = 20.0
@@ -140,9 +143,16 @@ def _steps_of(shape: str) -> int:
     return int(shape.split("/")[1].split("x")[0])
 
 
+def _middle(totals: Sequence[float]) -> float:
+    """The median of runs, newest first, older ones weighing less."""
+    weighted = sorted((total, FADE**age) for age, total in enumerate(totals))
+    passed = list(accumulate(weight for _, weight in weighted))
+    return weighted[bisect(passed, passed[-1] / 2)][0]
+
+
 def _spread(totals: list[float], samples: int, doubt: float) -> Estimate:
-    """Median, and the range of nine tenths of what was seen, at least a tenth to either side."""
-    middle = statistics.median(totals)
+    """The middle, and the range of nine tenths of what was seen, at least a tenth to either side."""
+    middle = _middle(totals)
     ordered = sorted(totals)
     cut = len(ordered) // 20
     low, high = ordered[cut], ordered[-1 - cut]

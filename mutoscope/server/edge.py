@@ -144,7 +144,8 @@ async def write(
         caller = _caller(ctx, request)
         parsed = parse(body.value(dialect))
         key = request.headers.get("idempotency-key") if request.method == "POST" else None
-        route = f"{request.method} {request.url.path}"
+        asked = f"?{request.url.query}" if request.url.query else ""  # options may be there
+        route = f"{request.method} {request.url.path}{asked}"
         with ctx.db.write() as tx:
             if key is not None:
                 stored = idempotency.begin(tx, caller.account.id, key, route, body.digest)

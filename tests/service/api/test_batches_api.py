@@ -185,3 +185,11 @@ def test_a_repeated_batch_is_made_once(either_house: House) -> None:
     )
     assert other["code"] == "idempotency_mismatch"
     assert house.get("/jobs")["total"] == 2
+
+
+def test_the_query_is_part_of_the_request(house: House) -> None:
+    given = {"content": LINES, "headers": {"content-type": "application/jsonl", "idempotency-key": "k"}}
+    first = house.call("POST", "/batches", params={"confirm": "false"}, **given)
+    assert first.json()["state"] == "priced"
+    assert house.call("POST", "/batches", params={"confirm": "false"}, **given).json() == first.json()
+    assert house.call("POST", "/batches", params={"confirm": "true"}, **given).status_code == 422

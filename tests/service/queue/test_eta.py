@@ -37,6 +37,17 @@ def test_the_median_of_the_last_twenty(db: Database) -> None:
         assert found.low <= 0.9 * 12.0 < 1.1 * 12.0 <= found.high
 
 
+def test_a_machine_that_becomes_faster_is_noticed(db: Database) -> None:
+    with db.write() as tx:
+        for _ in range(20):
+            record(tx, 1.0)
+        for n in range(1, 6):
+            record(tx, 0.4)
+            seconds = eta.estimate(tx, "pocket", "cpu", SHAPE).seconds
+            assert seconds == (20.0 if n < 5 else 8.0), n
+        assert eta.estimate(tx, "pocket", "cpu", SHAPE).high >= 20.0  # it may become slow again
+
+
 def test_models_devices_and_shapes_do_not_mix(db: Database) -> None:
     with db.write() as tx:
         record(tx, 1.0)
