@@ -25,6 +25,7 @@ from tests.service.processes.conftest import House
 
 ROOT = Path(__file__).parents[3]
 LIMIT_S = 60.0
+KEY = r"API key\s+(\S+)"
 
 
 def wait_until(check: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:
@@ -47,6 +48,7 @@ class Serving(House):
     output: list[str] = field(default_factory=list)
     log: IO[str] | None = None
     reader: threading.Thread | None = None
+    secret: str = ""
 
     @property
     def points(self) -> Path:
@@ -85,6 +87,9 @@ class Serving(House):
         """Start it, and wait for its worker. The first time, its account gets credits."""
         first = not (self.settings.data_dir / "mutoscope.db").exists()
         self._finish_reading()
+        if found := re.search(KEY, "".join(self.output)):  # it is printed only once, the URL each time
+            self.secret = found[1]
+        self.output.clear()
         self.log = (self.settings.data_dir.parent / "serve.log").open("a")
         self.process = subprocess.Popen(
             self.command(), cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=self.log, text=True
@@ -120,7 +125,7 @@ class Serving(House):
 
     @property
     def key(self) -> str:
-        return self.told(r"API key\s+(\S+)")
+        return self.secret or self.told(KEY)
 
     def worker_pid(self, other_than: int = 0) -> int:
         """Of the worker that is alive and idle or busy, once there is one."""
