@@ -462,7 +462,8 @@ COVERAGE: tuple[Route, ...] = (
         Part("seconds", SUPPORTED, "4, 8 or 12"),
         Part("size", SUPPORTED, "OpenAI's four, each of any model"),
         Part("input_reference", SUPPORTED, "a file: a picture is the first frame, scaled and cropped to the size; of a "
-             "clip the structure is followed (its luminance)"),
+             "clip the structure is followed (its luminance), from its beginning to its end in `seconds`; one of fewer "
+             "frames than the video makes it shorter"),
         Part("input_reference.image_url", SUPPORTED, "https or data URL; fetched when the job runs"),
         Part("input_reference.file_id", SUPPORTED, "of a file uploaded with POST /api/v1/files"),
         *_OURS,
