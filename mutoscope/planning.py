@@ -107,9 +107,10 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
     )
 
 
-def describe(request: GenerationRequest, manifest: ModelManifest) -> dict[str, Any]:
+def describe(request: GenerationRequest, manifest: ModelManifest, precision: str = "auto") -> dict[str, Any]:
     """What is embedded in a finished file: all that is needed to make it again, nothing that changes between runs."""
     return {
+        **({"precision": precision} if precision != "auto" else {}),
         "version": __version__,
         "model": manifest.name,
         "seed": request.seed,

@@ -415,7 +415,7 @@ def _run(job: _Job, models: Models, display: Display, *, keep_latents: bool) -> 
     r = job.request
     events = events_of(models, r, keep_latents=latents, dump_conditioning=job.dump)
     width, height, fps = r.width or 0, r.height or 0, r.fps or 0.0  # never None: the request is planned
-    target = Target(job.output, width, height, fps, describe(r, models.manifest))
+    target = Target(job.output, width, height, fps, describe(r, models.manifest, models.precision))
     rescue = f"mutoscope decode {shlex.quote(str(latents))} -o {shlex.quote(str(job.output))}"
     try:
         result = drive(events, target, display)

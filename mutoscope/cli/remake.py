@@ -17,7 +17,9 @@ def command(info: Mapping[str, Any]) -> str | None:
     if not isinstance(request, Mapping) or not isinstance(request.get("prompt"), str):
         return None
     try:
-        words = ["mutoscope", "generate", *_options(request, info.get("model")), "--", request["prompt"]]
+        words = ["mutoscope", "generate", *_options(request, info.get("model"))]
+        words += ["--precision", str(info["precision"])] if "precision" in info else []
+        words += ["--", request["prompt"]]
     except (_OnlyLibrary, KeyError, TypeError, ValueError):
         return None
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

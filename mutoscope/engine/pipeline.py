@@ -158,7 +158,7 @@ def generate(
     """
     clock = _Clock()
     request = plan(request, models.manifest)
-    info = describe(request, models.manifest)
+    info = describe(request, models.manifest, models.precision)
 
     yield Stage(name="load", seconds=clock.seconds)
     loras = models.open_loras(request)

@@ -337,7 +337,7 @@ EVERYTHING = (
     ("--video", "c.mp4", "--control", "gray", "--guidance", "1", "--fps", "12.5", "--shift", "2.5"),
     ("--video", "c.mp4", "--box", "0,0,.5,.5", "--box", ".5,.5,1,1", "--sampler", "dpm++"),
     ("--video", "c.mp4", "--mask", "a.png", "--negative", "- it's \"bad\""),
-    ("--video", "c.mp4", "--outpaint", "left=0.5,top=.25", "--negative", ""),
+    ("--video", "c.mp4", "--outpaint", "left=0.5,top=.25", "--negative", "", "--precision", "exact"),
     ("--extend-start", "c.mp4", "--extend-end", "c.mp4", "--frames", "9"),
     ("--lora", "x=1.safetensors", "--lora", "x=1.safetensors=0.5"),
     ("--guidance-interval", "0.5,1", "--guidance-kind", "zero-star=0", "--cache", "easy=0.1"),
