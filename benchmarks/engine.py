@@ -76,7 +76,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--type", default="Q8_0", help="of the transformer's weights, default %(default)s")
     parser.add_argument("--vae-size", type=_size, help="of the clip to decode (default 240x128x9)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--threads", type=int, help="with 1, the processor's time is taken (for busy machines)"
+    )
     parser.add_argument("--only", choices=("machine", "dit", "memory", "vae"))
     parser.add_argument(
         "--precisions", type=lambda text: text.split(","), default=["auto", "bf16"], help="default: auto,bf16"

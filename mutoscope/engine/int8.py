@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -162,28 +163,36 @@ class Int8:
 
     dtype = torch.bfloat16
     AHEAD = 8
-    """Weights: those of one block."""
+    """Weights that are converted before they are needed: those of one block."""
+    RECENT = 2
+    """Weights that are held for a moment though they are not kept."""
 
     def __init__(self) -> None:
         self._order: dict[int, Packed] = {}
         self._following: dict[int, int] = {}
+        self._last: int | None = None
         self._ready: dict[int, Weight] = {}
-        self._coming: dict[int, Future[Weight]] = {}
+        self._recent: OrderedDict[int, Weight] = OrderedDict()
+        self._coming: OrderedDict[int, Future[Weight]] = OrderedDict()
         self._room_bytes = sys.maxsize
-        self._kept_bytes = 0
+        self.kept_bytes = 0
         self._thread: ThreadPoolExecutor | None = None
 
     def admit(self, weight: Packed) -> None:
-        self._order[weight.data.data_ptr()] = weight
+        """Until it is seen otherwise, weights are expected in the order in which they are admitted."""
+        key = weight.data.data_ptr()
+        if self._order and key not in self._order:
+            self._following[next(reversed(self._order))] = key
+        self._order[key] = weight
 
     def settle(self, room_bytes: int) -> int:
         """Forgets what is kept beyond. The block in work and the one ahead of it are needed in any case."""
         sizes = sorted((weight.numel for weight in self._order.values()), reverse=True)
-        in_work = sum(sizes[: self.AHEAD + 2])
+        in_work = sum(sizes[: self.AHEAD + self.RECENT + 2])
         self._room_bytes = max(0, room_bytes - in_work) if sum(sizes) > room_bytes else room_bytes
-        if self._kept_bytes > self._room_bytes:
+        if self.kept_bytes > self._room_bytes:
             self._ready.clear()
-            self._kept_bytes = 0
+            self.kept_bytes = 0
         return min(sum(sizes), max(room_bytes, in_work))
 
     def linear(
@@ -213,26 +222,40 @@ class Int8:
     def _converted(self, weight: Packed) -> Weight:
         """From what is kept, or from the thread, or made here; and the next ones are sent for."""
         key = weight.data.data_ptr()
+        if self._last is not None and self._last != key:
+            self._following[self._last] = key
+        self._last = key
         if key in self._ready:
             return self._ready[key]
-        coming = self._coming.pop(key, None)
-        self._send_for_those_after(key)
-        made = _prepare_and_drop(weight) if coming is None else coming.result()
-        if self._kept_bytes + made.nbytes <= self._room_bytes:
-            self._ready[key] = made
-            self._kept_bytes += made.nbytes
+        made = self._recent.get(key)
+        if made is None:
+            coming = self._coming.pop(key, None)
+            self._send_for_those_after(key)
+            made = _prepare_and_drop(weight) if coming is None else coming.result()
+            if self.kept_bytes + made.nbytes <= self._room_bytes:
+                self._ready[key] = made
+                self.kept_bytes += made.nbytes
+                return made
+        # The wide layers take turns, a run of tokens each: what is not kept must outlast that.
+        self._recent[key] = made
+        self._recent.move_to_end(key)
+        while len(self._recent) > self.RECENT:
+            self._recent.popitem(last=False)
         return made
 
     def _send_for_those_after(self, key: int) -> None:
-        if len(self._following) != len(self._order):
-            keys = list(self._order)
-            self._following = dict(zip(keys, keys[1:] + keys[:1], strict=True))
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "int8")
+        here = key
         for _ in range(self.AHEAD):
-            key = self._following.get(key, key)
-            if key in self._order and key not in self._ready and key not in self._coming:
+            if key not in self._following:
+                break
+            key = self._following[key]
+            held = key in self._ready or key in self._recent or key in self._coming
+            if key != here and key in self._order and not held:
                 self._coming[key] = self._thread.submit(_prepare_and_drop, self._order[key])
+        while len(self._coming) > self.AHEAD:
+            self._coming.popitem(last=False)[1].cancel()
 
 
 def _prepare_and_drop(weight: Packed) -> Weight:

@@ -100,6 +100,9 @@ class Precision(Protocol):
     def admit(self, weight: Packed) -> None:
         """Called once for every weight that will be used, before the first product."""
 
+    kept_bytes: int
+    """Memory that it keeps between products at the moment."""
+
     def settle(self, room_bytes: int) -> int:
         """How much memory it may keep between products beside that of one product; how much of it it will use."""
 
@@ -127,6 +130,7 @@ class Unpacked:
     def __init__(self, dtype: torch.dtype, *, drop: bool = False) -> None:
         self.dtype = dtype
         self.drop = drop
+        self.kept_bytes = 0
         self.buffer_numel = 0
         self._file_bytes = 0
         self._buffers: dict[torch.device, Tensor] = {}
@@ -226,14 +230,22 @@ class QuantLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {GGMLType(self.type_id).name}"
 
 
+def _precisions(model: nn.Module) -> list[Precision]:
+    return list({layer.precision: None for layer in model.modules() if isinstance(layer, QuantLinear)})
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """Memory that its layers keep between products at the moment."""
+    return sum(precision.kept_bytes for precision in _precisions(model))
+
+
 def settle(model: nn.Module, room_bytes: int) -> int:
     """Share out memory that may be kept between products: converted weights first, then pages of the file.
 
     Returns how much will be used, which can be more: what cannot be done without.
     """
-    found = {layer.precision: None for layer in model.modules() if isinstance(layer, QuantLinear)}
     used = 0
-    for precision in sorted(found, key=lambda p: isinstance(p, Unpacked)):
+    for precision in sorted(_precisions(model), key=lambda p: isinstance(p, Unpacked)):
         used += precision.settle(max(0, room_bytes - used))
     return used
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mutoscope.catalog import find_model
 from mutoscope.engine import cache, conditioning, latents, lora, memory, pages, sampler, tiling, weights
-from mutoscope.engine.linear import settle
+from mutoscope.engine.linear import kept_bytes, settle
 from mutoscope.engine.precision import checked, compute_dtype
 from mutoscope.engine.tokenizer import Tokenizer, clean_text
 from mutoscope.engine.umt5 import UMT5Encoder
@@ -133,7 +133,8 @@ class Models:
         if self.memory_bytes is not None:
             self.__dict__.pop("text", None)  # its tokenizer takes half a gigabyte, and a second to make
         if self.device.type == "cpu":
-            settle(self.dit, memory.room(need, self.device, self.memory_bytes, now=now))
+            room = memory.room(need, self.device, self.memory_bytes, now=now)
+            settle(self.dit, room if self.memory_bytes is not None else room + kept_bytes(self.dit))
             pages.give_back()
 
 
@@ -205,6 +206,7 @@ def generate(
     models.settle(need, need.decode)
     yield Stage(name="decode", seconds=clock.seconds)
     yield from decode(models.vae, latest)
+    pages.give_back()
     yield Result(seconds=clock.seconds, info=info, latents=keep_latents)
 
 

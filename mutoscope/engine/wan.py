@@ -290,9 +290,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         heads = (self.n_heads, -1)
         x_all = shared(x, self.q, self.k, self.v)
+        q, k = self.norm_q(self.q(x_all)), self.norm_k(self.k(x_all))
         v = _computed(self.v, x_all).unflatten(-1, heads)
-        q = apply_rope(self.norm_q(self.q(x_all)).unflatten(-1, heads), rope).to(v.dtype)
-        k = apply_rope(self.norm_k(self.k(x_all)).unflatten(-1, heads), rope).to(v.dtype)
+        q = apply_rope(q.unflatten(-1, heads), rope).to(v.dtype)
+        k = apply_rope(k.unflatten(-1, heads), rope).to(v.dtype)
         return self.o(attend(q, k, v).flatten(-2))
 
 

@@ -14,6 +14,7 @@ import torch
 
 from mutoscope import Engine
 from mutoscope.engine import latents, memory, pipeline
+from mutoscope.engine.linear import QuantLinear
 from mutoscope.engine.pipeline import Models, build_request, decode, generate, write
 from mutoscope.engine.vae import WanVAE
 from mutoscope.engine.wan import WanModel
@@ -458,3 +459,21 @@ def test_engine(tiny_model: Path, models: Models, tmp_path: Path) -> None:
     )
     assert planned.seed is not None
     assert engine.plan(planned) == planned
+
+
+def test_what_was_kept_for_one_clip_serves_the_next(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory in use for converted weights is not counted as missing, though it is free no more."""
+    models = Models(read_manifest(tiny_model / "model.toml"))
+    rooms = []
+    monkeypatch.setattr("mutoscope.engine.pipeline.settle", lambda model, room: rooms.append(room) or 0)
+    monkeypatch.setattr("mutoscope.engine.memory.available", lambda device: 10_000)
+    need = memory.Need(memory.RUNTIME_BYTES + 1000, memory.RUNTIME_BYTES)
+    models.settle(need, need.denoise)
+    next(m for m in models.dit.modules() if isinstance(m, QuantLinear)).precision.kept_bytes = 500
+    models.settle(need, need.denoise)
+    assert rooms == [7000, 7500]
+    promised = Models(models.manifest, memory_bytes=memory.RUNTIME_BYTES + 3000)
+    promised.settle(need, need.denoise)
+    assert rooms[-1] == 2000
