@@ -198,7 +198,7 @@ class Int8:
     def linear(
         self, x: Tensor | Shared, weight: Packed, bias: Tensor | None, *, gelu: bool = False
     ) -> Tensor:
-        """float32 [..., N]"""
+        """float32 [..., N]. `bias` may also be one of each row, float32 [M, N]."""
         given = x if isinstance(x, Shared) else Shared(x)
         shape = given.x.shape
         ready = self._converted(weight)
@@ -207,7 +207,7 @@ class Int8:
         parts = list(pieces(n_rows, ready.n_out))
         out = torch.empty(n_rows, ready.n_out) if len(parts) > 1 else None
         for part in parts:
-            y = product(rows[part], ready, bias)
+            y = product(rows[part], ready, bias[part] if bias is not None and bias.ndim == 2 else bias)
             y = gelu_(y) if gelu else y
             if out is not None:
                 out[part] = y

@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mutoscope.engine.int8 import gelu_
-from mutoscope.engine.linear import QuantLinear, Shared, Unpacked, _linear_pointwise
+from mutoscope.engine.gguf import GGMLType
+from mutoscope.engine.int8 import Int8, Weight, gelu_, prepare, product, quantize_rows
+from mutoscope.engine.linear import Packed, QuantLinear, Shared, Unpacked, _linear_pointwise
 from mutoscope.engine.lora_files import Changes, is_linear, read_lora
 
 Undo = Callable[[], None]
@@ -52,6 +53,8 @@ class SidePath(nn.Module):
         self.register_buffer("down", down, persistent=False)
         self.register_buffer("up", up, persistent=False)
         self.register_buffer("dense", dense, persistent=False)
+        integers = isinstance(layer, QuantLinear) and isinstance(layer.precision, Int8) and up.shape[1] > 0
+        self.prepared = (_prepared(down), _prepared(up)) if integers and dense is None else None
 
     @property
     def rows_at_once(self) -> int:
@@ -65,6 +68,8 @@ class SidePath(nn.Module):
         """x [..., K] to [..., N]; then, if asked, GELU (tanh) of it."""
         dtype = self.down.dtype
         given = x if isinstance(x, Shared) else Shared(x)
+        if self.prepared is not None:
+            return self._in_integers(given, *self.prepared, gelu)
         low = given.made(str(dtype), lambda x: x.to(dtype))  # once for both paths, under the name layers use
         side = F.linear(low, self.down)
         if gelu and self.dense is None and self.wide.takes(self.layer):
@@ -76,8 +81,22 @@ class SidePath(nn.Module):
             return gelu_(y)
         return F.gelu(y, approximate="tanh") if gelu else y
 
+    def _in_integers(self, given: Shared, down: Weight, up: Weight, gelu: bool) -> Tensor:
+        """As the layer does it: the addition takes the place of the bias, which is inside of it."""
+        layer = self.layer
+        assert isinstance(layer, QuantLinear)
+        rows = given.made("int8", lambda x: quantize_rows(x.flatten(0, -2), given.low))
+        more = product(quantize_rows(product(rows, down, None)), up, layer.bias)
+        return layer.precision.linear(given, layer.weight, more, gelu=gelu)
+
     def extra_repr(self) -> str:
         return f"rank {self.down.shape[0]}" + ("" if self.dense is None else " and a dense difference")
+
+
+def _prepared(matrix: Tensor) -> Weight:
+    """A matrix for integer products."""
+    values = matrix.float().contiguous()
+    return prepare(Packed(values.view(torch.uint8).flatten(), GGMLType.F32, tuple(values.shape)))
 
 
 def _added(y: Tensor, side: Tensor, up: Tensor) -> Tensor:
