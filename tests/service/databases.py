@@ -7,6 +7,8 @@ root may enter. The processes of pytest-xdist share the server, each with a data
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -50,6 +52,19 @@ class Sqlite:
     def make(self, folder: Path, clock: Callable[[], float]) -> Database:
         shutil.copy(self.empty, folder / "test.db")
         return Database(f"sqlite:///{folder / 'test.db'}", clock=clock)
+
+
+@functools.cache
+def _empty() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="mutoscope-empty-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Sqlite(folder).empty
+
+
+def place_migrated(data_dir: Path) -> None:
+    """A service's database as it is after the first start: tests need not wait for the disk at each table."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    shutil.copy(_empty(), data_dir / "mutoscope.db")
 
 
 class Postgres:

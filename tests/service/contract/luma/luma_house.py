@@ -20,6 +20,7 @@ from mutoscope.jobs.model import Failure, Job, Output, State
 from mutoscope.media.write import VideoWriter, write_image
 from mutoscope.server.app import create_app
 from mutoscope.settings import Settings
+from tests.service.databases import place_migrated
 
 BASE = "http://testserver/dream-machine/v1"
 AGENTS = "http://testserver/agents/v1"
@@ -46,6 +47,7 @@ class House:
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         self.settings = Settings(data_dir=data_dir, **settings)
+        place_migrated(data_dir)
         self.app = create_app(self.settings)
         self.db: Database = self.app.state.ctx.db
         self.http = TestClient(self.app, raise_server_exceptions=False)

@@ -16,6 +16,7 @@ from mutoscope.jobs.model import Failure, Job, Output
 from mutoscope.media.deliver import Delivery
 from mutoscope.server.app import create_app
 from mutoscope.settings import Settings
+from tests.service.databases import place_migrated
 
 BASE = "http://testserver/openai/v1"
 
@@ -41,6 +42,7 @@ class House:
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         self.settings = Settings(data_dir=data_dir, **settings)
+        place_migrated(data_dir)
         self.app = create_app(self.settings)
         self.db: Database = self.app.state.ctx.db
         self.http = TestClient(self.app, raise_server_exceptions=False)

@@ -20,6 +20,7 @@ from mutoscope.jobs.model import Account, Failure, Job, Output
 from mutoscope.media.write import VideoWriter, write_image
 from mutoscope.server.app import create_app
 from mutoscope.settings import Settings
+from tests.service.databases import place_migrated
 
 BASE_URL = "http://testserver"
 
@@ -43,6 +44,7 @@ class House:
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         self.settings = Settings(data_dir=data_dir, **settings)
+        place_migrated(data_dir)
         self.app = create_app(self.settings)
         self.db = Database(self.settings.database)
         self.http = TestClient(self.app, base_url=BASE_URL, raise_server_exceptions=True)
