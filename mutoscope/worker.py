@@ -45,7 +45,7 @@ from mutoscope.errors import (
 )
 from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
 from mutoscope.jobs import eta, fetch, queue, translate, workers
-from mutoscope.jobs.checkpoints import checkpoint
+from mutoscope.jobs.checkpoints import VARIABLE, checkpoint
 from mutoscope.jobs.database import Database, Tx
 from mutoscope.jobs.model import Failure, Job, Output, State
 from mutoscope.jobs.registry import WITHOUT_MODEL, Registry
@@ -144,6 +144,7 @@ class Worker:
         self._draining = threading.Event()
         self._drain_until = math.inf  # monotonic
         self._ended = threading.Event()
+        self._ticking = threading.Lock()
         self._told: tuple[object, ...] = ()
         self._beat_at = -math.inf
 
@@ -185,7 +186,7 @@ class Worker:
             return False
         if job is None:
             return False
-        checkpoint("claimed")
+        self._at("claimed")
         self._perform(job)
         return True
 
@@ -218,7 +219,7 @@ class Worker:
                 part.mkdir(parents=True)
                 outputs, result = self._make(lease, part)
                 self._look(lease)
-                checkpoint("before-rename")
+                self._at("before-rename")
                 _settle(part, final)
             except OSError as e:
                 raise _Unwritten from e
@@ -279,7 +280,7 @@ class Worker:
             began = time.monotonic()
             self._load(job.model)
             lease.load_s = time.monotonic() - began
-        checkpoint("loaded")
+        self._at("loaded")
         self._look(lease)
         delivery = Delivery(
             folder, format=spec.format or ("png" if spec.operation == "image" else "mp4"), hdr=spec.hdr,
@@ -311,7 +312,7 @@ class Worker:
     def _deliver(self, lease: _Lease, events: Iterator[Event], delivery: Delivery) -> list[Delivered]:
         try:
             self._follow(lease, events, delivery)
-            checkpoint("decoded")
+            self._at("decoded")
             lease.at("save", 0.99)
             with _writing():
                 return delivery.close()
@@ -330,7 +331,7 @@ class Worker:
                 lease.step_seconds.append(event.seconds)
                 rest = event.eta_seconds * (1 + ENCODE_SHARE)
                 lease.at("denoise", BEFORE_SHARE + DENOISE_SHARE * event.i / event.n, self.db.clock() + rest)
-                checkpoint("step")
+                self._at("step")
             elif isinstance(event, Preview):
                 lease.preview = event
             elif isinstance(event, Frames):
@@ -363,7 +364,7 @@ class Worker:
         self, lease: _Lease, final: Path, outputs: list[Output], result: dict[str, Any], took: float
     ) -> None:
         job = lease.job
-        checkpoint("before-commit")
+        self._at("before-commit")
 
         def change(tx: Tx) -> Job | None:
             ended = queue.succeed(tx, job.id, job.fence, tuple(outputs), result)
@@ -379,7 +380,7 @@ class Worker:
                 self._stopped(lease, "cancel")
             _remove(final)
             return
-        checkpoint("committed")
+        self._at("committed")
         log.info("job %s: done in %.1f s", job.id, took, extra={"job": job.id})
 
     def _stopped(self, lease: _Lease, why: str) -> None:
@@ -422,12 +423,20 @@ class Worker:
                     return None
                 self._ended.wait(1.0)
 
+    def _at(self, name: str) -> None:
+        """A checkpoint, while the pulse does nothing: whoever stands still here holds no lock of the database.
+        Outside of tests nothing waits for the pulse."""
+        if VARIABLE in os.environ:
+            with self._ticking:
+                checkpoint(name)
+
     # -- the pulse -------------------------------------------------------------------------------------------
 
     def _pulse(self) -> None:
         while not self._ended.wait(LOOK_S):
             try:
-                self._tick()
+                with self._ticking:
+                    self._tick()
             except sa.exc.OperationalError as e:
                 log.warning("no beat: %s", e.orig)
             except Exception:
