@@ -15,7 +15,7 @@ from mutoscope.jobs import router as routing
 from mutoscope.jobs.batches import Batch
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import Conflict, InvalidRequest, JobsError
-from mutoscope.jobs.model import WAITING, Caller, Priority, State, new_id
+from mutoscope.jobs.model import Caller, Priority, State, new_id
 from mutoscope.jobs.schema import batches as table
 from mutoscope.jobs.schema import jobs
 from mutoscope.jobs.service import Prepared, Service, check_metadata, need_scope
@@ -93,11 +93,9 @@ def cancel(tx: Tx, caller: Caller, batch_id: str) -> Batch:
     change = sa.update(table).where(table.c.id == batch_id)
     ended = {"finished_at": tx.now} if batch.state == batches.PRICED else {}
     tx.run(change.values(state=batches.CANCELLED, items=[], **ended))
-    open_ = sa.select(jobs.c.id).where(
-        jobs.c.batch_id == batch_id, jobs.c.state.in_([*WAITING, State.RUNNING])
-    )
-    waiting_first = sa.case((jobs.c.state == State.THROTTLED, 0), (jobs.c.state == State.QUEUED, 1), else_=2)
-    for row in tx.all(open_.order_by(waiting_first, jobs.c.seq)):
+    queue.cancel_waiting(tx, batch_id)
+    runs = sa.select(jobs.c.id).where(jobs.c.batch_id == batch_id, jobs.c.state == State.RUNNING)
+    for row in tx.all(runs.order_by(jobs.c.seq)):
         queue.cancel(tx, row.id)
     return batches.get(tx, caller.account.id, batch_id)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -106,26 +107,41 @@ def reserve_many(tx: Tx, made: Sequence[Job], *, overdraft: bool = False) -> Non
 
 
 def settle(tx: Tx, job: Job) -> int:
-    """The job has ended: take what it costs, give the rest back. Returns what was taken.
+    """The job has ended; see `settle_many`. Returns what was taken."""
+    return settle_many(tx, [job])[job.id]
+
+
+def settle_many(tx: Tx, ended: Sequence[Job]) -> dict[str, int]:
+    """Jobs have ended: take what each costs, give the rest back. Returns what was taken, by job.
 
     A job that a cheaper model took over costs less than was reserved (`job.cost` fell), never more.
     """
-    reserved = tx.scalar(
-        sa.select(ledger.c.amount).where(ledger.c.job_id == job.id, ledger.c.kind == "reserve")
-    )
-    if reserved is None:
-        return 0
-    cost = min(job.cost, int(reserved)) if job.state is State.SUCCEEDED else 0
-    back = int(reserved) - cost
-    mine = held(job.account_id)
-    if cost:
-        _enter(tx, job.account_id, "capture", mine, INCOME, cost, job=job)
-        tx.run(sa.update(jobs).where(jobs.c.id == job.id).values(cost_captured=cost))
-    if back or not cost:
-        _enter(tx, job.account_id, "release", mine, wallet(job.account_id), back, job=job)
-    moved = {"balance": accounts.c.balance + back, "reserved": accounts.c.reserved - int(reserved)}
-    tx.run(sa.update(accounts).where(accounts.c.id == job.account_id).values(moved))
-    return cost
+    c = ledger.c
+    held_for: dict[str, int] = {}
+    for start in range(0, len(ended), 500):
+        ids = [job.id for job in ended[start : start + 500]]
+        query = sa.select(c.job_id, c.amount).where(c.job_id.in_(ids), c.kind == "reserve")
+        held_for |= {row.job_id: int(row.amount) for row in tx.all(query)}
+    taken = dict.fromkeys((job.id for job in ended), 0)
+    rows: list[dict[str, Any]] = []
+    moved: dict[str, tuple[int, int]] = {}
+    for job in (job for job in ended if job.id in held_for):
+        reserved, mine = held_for[job.id], held(job.account_id)
+        cost = taken[job.id] = min(job.cost, reserved) if job.state is State.SUCCEEDED else 0
+        back = reserved - cost
+        if cost:
+            rows.append(_entry(tx, job.account_id, "capture", mine, INCOME, cost, job=job))
+            tx.run(sa.update(jobs).where(jobs.c.id == job.id).values(cost_captured=cost))
+        if back or not cost:
+            rows.append(_entry(tx, job.account_id, "release", mine, wallet(job.account_id), back, job=job))
+        before = moved.get(job.account_id, (0, 0))
+        moved[job.account_id] = before[0] + back, before[1] + reserved
+    if rows:
+        tx.conn.execute(sa.insert(ledger), rows)
+    for account_id, (back, reserved) in moved.items():
+        values = {"balance": accounts.c.balance + back, "reserved": accounts.c.reserved - reserved}
+        tx.run(sa.update(accounts).where(accounts.c.id == account_id).values(values))
+    return taken
 
 
 def entries(tx: Tx, account_id: str, *, before: int | None = None, limit: int = 100) -> list[Entry]:
@@ -206,6 +222,12 @@ def unsettled(tx: Tx) -> list[str]:
 
 
 def _enter(
+    tx: Tx, account_id: str, kind: str, debit: str, credit: str, amount: int, *, note: str = ""
+) -> None:
+    tx.run(sa.insert(ledger).values(_entry(tx, account_id, kind, debit, credit, amount, note=note)))
+
+
+def _entry(
     tx: Tx,
     account_id: str,
     kind: str,
@@ -215,10 +237,9 @@ def _enter(
     *,
     job: Job | None = None,
     note: str = "",
-) -> None:
-    tx.run(
-        sa.insert(ledger).values(
-            at=tx.now, account_id=account_id, job_id=job and job.id, key_id=job and job.key_id,
-            model=job.model if job else "", kind=kind, debit=debit, credit=credit, amount=amount, note=note,
-        )
-    )  # fmt: skip
+) -> dict[str, Any]:
+    return {
+        "at": tx.now, "account_id": account_id, "job_id": job and job.id, "key_id": job and job.key_id,
+        "model": job.model if job else "", "kind": kind, "debit": debit, "credit": credit,
+        "amount": amount, "note": note,
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Jobs move here. `_move` is the only place where a state changes.
+"""Jobs move here. `_move_all` is the only place where a state changes.
 
 Whoever changes a running job names its fence, the number of its current lease. A worker that lost its lease has an old
 one: its writes find no row, and the functions return None.
@@ -386,6 +386,12 @@ def cancel(tx: Tx, job_id: str) -> Job:
     return get(tx, job_id)
 
 
+def cancel_waiting(tx: Tx, batch_id: str) -> int:
+    """All jobs of a batch that wait end now, at once. Returns how many. The caller holds their account."""
+    mine = (jobs.c.batch_id == batch_id, jobs.c.state.in_(WAITING))
+    return len(_move_all(tx, JobEvent.CANCEL, {"message": "Cancelled before it ran."}, *mine))
+
+
 def delete(tx: Tx, job_id: str) -> Job:
     """The job is not shown any more; what waits or runs is cancelled first. Housekeeping removes its files."""
     cancel(tx, job_id)
@@ -462,34 +468,50 @@ def _lease(tx: Tx, job_id: str, fence: int | None) -> tuple[sa.ColumnElement[boo
 def _move(
     tx: Tx, event: JobEvent, values: Mapping[str, Any], *where: sa.ColumnElement[bool], note: str = ""
 ) -> Job | None:
-    """Change the state of one job by the table, or nothing at all. With it: the feed, credits, webhooks, slots, the
-    batch."""
+    """`_move_all` for one job; None: it did not move."""
+    moved = _move_all(tx, event, values, *where, note=note)
+    return moved[0] if moved else None
+
+
+def _move_all(
+    tx: Tx, event: JobEvent, values: Mapping[str, Any], *where: sa.ColumnElement[bool], note: str = ""
+) -> list[Job]:
+    """Change the state of jobs by the table, or nothing at all. With it: the feed, credits, webhooks, slots, the batch.
+    Returns those that moved, oldest first."""
     target = TARGET[event]
     ends = target in TERMINAL
     ending = {"finished_at": tx.now, "lease_until": None, "eta_at": None} if ends else {}
     change = sa.update(jobs).where(sa.or_(*map(in_state, SOURCES[event])), *where)
-    row = tx.first(change.values({"state": target, **ending, **values}).returning(*jobs.c))
-    if row is None:
-        return None
-    job = from_row(row)
+    rows = tx.all(change.values({"state": target, **ending, **values}).returning(*jobs.c))
+    moved = sorted((from_row(row) for row in rows), key=lambda job: job.seq)
+    if not moved:
+        return []
     if ends:
-        job = replace(job, cost_captured=ledger.settle(tx, job))
-        feed.drop_previews(tx, job.id)
-        if job.attempt == 0:
-            give_back(tx, job)
-    _told(tx, job, note)
+        taken = ledger.settle_many(tx, moved)
+        moved = [replace(job, cost_captured=taken[job.id]) for job in moved]
+        for job in moved:
+            if job.attempt:
+                feed.drop_previews(tx, job.id)
+        give_back(tx, (job for job in moved if not job.attempt))
+    _told(tx, moved, note)
     if ends:
-        admit(tx, job.account_id)
-        if job.batch_id is not None:
-            batches.on_end(tx, job.batch_id)
-    return job
+        for account_id in {job.account_id: None for job in moved}:
+            admit(tx, account_id)
+        for batch_id in {job.batch_id: None for job in moved if job.batch_id is not None}:
+            batches.on_end(tx, batch_id)
+    return moved
 
 
-def _told(tx: Tx, job: Job, note: str = "") -> None:
+def _told(tx: Tx, moved: Sequence[Job], note: str = "") -> None:
     """Those who watch, and those who asked to be told."""
-    feed.write(tx, job, "state", _seen(job) | ({"note": note} if note else {}))
-    if job.state in TOLD:
-        outbox.enqueue(tx, job, TOLD[job.state])
+    feed.write_many(tx, ((job, "state", _seen(job) | ({"note": note} if note else {})) for job in moved))
+    event = TOLD.get(moved[0].state)
+    if event is None:
+        return
+    listens = {i: outbox.listens(tx, i, event) for i in {job.account_id for job in moved}}
+    for job in moved:
+        if listens[job.account_id] or job.spec.get("webhook_url"):
+            outbox.enqueue(tx, job, event)
 
 
 def _seen(job: Job) -> dict[str, Any]:

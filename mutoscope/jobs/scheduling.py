@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,11 +130,16 @@ def tags(tx: Tx, account_id: str, priority: Priority, work_s: float, kind: int) 
     return place
 
 
-def give_back(tx: Tx, job: Job) -> None:
-    """A job ends without having run: what it would have taken is still its account's."""
-    length: sa.ColumnElement[Any] = max(job.estimate_s, LEAST_WORK) / accounts.c.weight
-    values: dict[str, Any] = {CLOCKS[p]: accounts.c[CLOCKS[p]] - length for p in _behind(job.priority)}
-    tx.run(sa.update(accounts).where(accounts.c.id == job.account_id).values(values))
+def give_back(tx: Tx, ended: Iterable[Job]) -> None:
+    """Jobs end without having run: what they would have taken is still their accounts'."""
+    work: dict[tuple[str, Priority], float] = {}
+    for job in ended:
+        kind = job.account_id, job.priority
+        work[kind] = work.get(kind, 0.0) + max(job.estimate_s, LEAST_WORK)
+    for (account_id, priority), seconds in work.items():
+        length: sa.ColumnElement[Any] = seconds / accounts.c.weight
+        values: dict[str, Any] = {CLOCKS[p]: accounts.c[CLOCKS[p]] - length for p in _behind(priority)}
+        tx.run(sa.update(accounts).where(accounts.c.id == account_id).values(values))
 
 
 def affinity(model: str, resolved: Resolved) -> int:
