@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.measure import PeakMemory, machine
 from mutoscope.engine import memory
+from mutoscope.engine.precision import PRECISIONS
 from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from mutoscope.engine.wan import rope_table
 from mutoscope.engine.weights import load_wan
@@ -28,12 +29,13 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--size", default="256x256x5", help="width x height x frames, default: %(default)s")
     parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     args = parser.parse_args()
     width, height, frames = map(int, args.size.split("x"))
     torch.manual_seed(0)
     with PeakMemory() as peak, torch.inference_mode():
         start = time.perf_counter()
-        model = load_wan(args.path)
+        model = load_wan(args.path, precision=args.precision)
         config = model.config
         loaded = time.perf_counter()
         shape = (1 + (frames - 1) // TEMPORAL_STRIDE, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)

@@ -17,13 +17,13 @@ arithmetic on it.
 from __future__ import annotations
 
 import math
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -174,7 +174,7 @@ class Int8:
         self._ready: dict[int, Weight] = {}
         self._recent: OrderedDict[int, Weight] = OrderedDict()
         self._coming: OrderedDict[int, Future[Weight]] = OrderedDict()
-        self._room_bytes = sys.maxsize
+        self._room_bytes = psutil.virtual_memory().available // 2  # until told otherwise
         self.kept_bytes = 0
         self._thread: ThreadPoolExecutor | None = None
 
