@@ -38,7 +38,7 @@ def create(
     webhook_url: str | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Batch:
-    """A batch: started at once, or only priced and kept until `confirm`.
+    """A batch: started at once, or only priced and kept until `confirm`. `priority` is of items that have none.
 
     Raises:
         InvalidRequest: no items, too many, or one that cannot be run; named by its number from 1.
@@ -49,7 +49,10 @@ def create(
         raise InvalidRequest(f"{len(specs)} items, expected 1 to {MAX_ITEMS}.", field="items")
     if webhook_url is not None:
         endpoints.check_url(webhook_url, service.settings, field="webhook_url")
-    specs = [spec.model_copy(update={"priority": priority.value}) for spec in specs]
+    specs = [
+        spec if "priority" in spec.model_fields_set else spec.model_copy(update={"priority": priority.value})
+        for spec in specs
+    ]
     prepared = _prepare(tx, service, caller, specs)
     row: dict[str, Any] = {
         "id": new_id(), "account_id": caller.account.id, "key_id": caller.key_id, "name": name,

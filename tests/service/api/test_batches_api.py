@@ -167,6 +167,14 @@ def test_forms_that_are_wrong(house: House) -> None:
     assert error["field"] == "items[1]"
 
 
+def test_an_item_may_have_a_priority_of_its_own(house: House) -> None:
+    several = [*items(1), *items(1, priority="low"), *items(1, priority="normal")]
+    batch = house.post("/batches", {"items": several, "priority": "high", "confirm": False})
+    house.post(f"/batches/{batch['id']}/confirm", expect=200)
+    jobs = house.get(f"/jobs?batch_id={batch['id']}&order=asc")["data"]
+    assert [j["priority"] for j in jobs] == ["high", "low", "normal"]
+
+
 def test_a_batch_is_all_or_nothing(either_house: House) -> None:
     """The credits do not cover the whole: no job of it is made."""
     house = either_house
