@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -277,6 +276,8 @@ def peak_of(name: str, args: argparse.Namespace) -> int:
     """Of this process, after one forward of one contender; the pages of the file that are in memory included."""
     import torch
 
+    from benchmarks.measure import peak_resident
+
     config, path = _file(args.files, args)
     x, rows, t = _inputs(config, args.size)
     with torch.inference_mode():
@@ -295,7 +296,7 @@ def peak_of(name: str, args: argparse.Namespace) -> int:
             model = load_wan(path, precision=name)  # type: ignore[arg-type]
             rope = rope_table((x.shape[2], x.shape[3] // 2, x.shape[4] // 2), config.head_dim)
             model(x, model.time_modulation(t), model.text_context(rows, [PROMPT_TOKENS]), rope)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return peak_resident()
 
 
 def decoder(folder: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -76,6 +76,12 @@ def machine() -> dict[str, object]:
     return {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
+def peak_resident() -> int:
+    """Bytes of this program's peak. Not `ru_maxrss`, which begins with what the parent had when it forked. Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) << 10
+
+
 class PeakMemory:
     """Peak of the resident memory of this process, by kind, while the block runs. Linux only.
 
