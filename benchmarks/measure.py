@@ -77,7 +77,7 @@ def machine() -> dict[str, object]:
 
 
 def peak_resident() -> int:
-    """Bytes of this program's peak. Not `ru_maxrss`, which begins with what the parent had when it forked. Linux only."""
+    """Peak bytes of this program; `ru_maxrss` begins with what the parent had when it forked. Linux only."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) << 10
 
