@@ -1,8 +1,10 @@
 """The whole recipe of the starter as one command, sharing out the given time.
 
     python -m training.train runs --minutes 200                     on a CPU, from nothing
-    python -m training.restore mutoscope/pocket runs                to go on from the shipped weights instead
     python -m training.train runs --minutes 200 --skip data vae     continue the transformer from runs/dit.pt
+
+    python -m training.restore mutoscope/pocket runs                go on from the shipped weights: all tasks at once
+    python -m training.train runs --skip images clips --lr 0.01     and a smaller rate: pictures alone cost the motions
 
 Every part continues from what is in the folder, with a fresh optimiser, so the command can be stopped at any time and
 run again. More compute is more minutes, a larger --batch, or more data (`--clips`, `--images`).
@@ -42,6 +44,14 @@ PLAN = (
 )  # fmt: skip
 
 
+SKIPPABLE = (
+    "data",
+    *dict.fromkeys(name for part in PLAN for name in (part.name, part.arguments[0])),
+    "export",
+    "evaluate",
+)
+
+
 def run(module: str, *arguments: str) -> None:
     print("+", "python -m", module, *arguments, flush=True)
     subprocess.run([sys.executable, "-m", module, *arguments], check=True)
@@ -72,7 +82,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24 * data.SHARD)
     parser.add_argument("--others", type=int, default=data.SHARD, help="clips of each other size and length")
     parser.add_argument("--batch", type=int, default=64, help="clips in a batch")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("data", "vae", "dit", "export", "evaluate"))
+    parser.add_argument("--lr", type=float, default=0.02, help="rate of the transformer's matrices")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=SKIPPABLE, help="groups of parts, or single ones"
+    )
     parser.add_argument("--out", type=Path, default=Path("mutoscope/pocket"))
     a = parser.parse_args()
     a.runs.mkdir(parents=True, exist_ok=True)
@@ -82,14 +95,18 @@ def main() -> None:
         frames = [shard.frames[:400] for shard in data.shards(root, "clips", most=2)]
         pca.fit(np.concatenate(frames)).save(a.runs / "code.pt")
     for part in PLAN:
-        if part.name in a.skip:
+        if part.name in a.skip or part.arguments[0] in a.skip:
             continue
         options = {
             "--data": root, "--out": a.runs / f"{part.name}.pt", "--minutes": f"{part.share * a.minutes:.2f}",
             "--threads": a.threads,
         }  # fmt: skip
         if part.name == "dit":
-            options |= {"--device": a.device, "--batch": a.batch * (2 if "images" in part.arguments else 1)}
+            options |= {
+                "--lr": a.lr,
+                "--device": a.device,
+                "--batch": a.batch * (2 if "images" in part.arguments else 1),
+            }
         also = ("--also", *map(str, others)) if part.other_forms and others else ()
         run(part.module, *part.arguments, *(str(word) for pair in options.items() for word in pair), *also)
     if "export" not in a.skip:
