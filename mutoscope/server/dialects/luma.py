@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
-from pydantic import ValidationError
 
 from mutoscope.jobs import plans, queue
 from mutoscope.jobs.database import Tx
@@ -38,6 +37,7 @@ from mutoscope.server.dialects.luma_bodies import (
     ReframeBody,
     UpscaleBody,
     VideoBody,
+    body_of,
     image_spec,
     modify_spec,
     reframe_spec,
@@ -106,25 +106,6 @@ def failure_reason(job: Job) -> str | None:
         return None
     words = REASONS.get(job.failure)
     return f"{words}: {job.message}" if words else job.message
-
-
-def body_of(kind: type[B], value: Any) -> B:
-    """A JSON body as a type.
-
-    Raises:
-        InvalidRequest: names the first wrong field.
-    """
-    if value is None:
-        value = {}
-    if not isinstance(value, dict):
-        raise InvalidRequest("The body must be a JSON object")
-    try:
-        return kind.model_validate(value)
-    except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        what = "is not a field here" if first["type"] == "extra_forbidden" else first["msg"]
-        raise InvalidRequest(f"{field}: {what}", field=field) from e
 
 
 def callback_body(tx: Tx, ctx: Context, delivery: Delivery) -> str:

@@ -31,11 +31,11 @@ from mutoscope.server.dialects.luma_agents_bodies import (
     ImageRef,
     Impossible,
     Named,
-    body_of,
     check,
     spec_of,
 )
 from mutoscope.server.dialects.luma_agents_files import error
+from mutoscope.server.dialects.luma_bodies import body_of
 from mutoscope.server.edge import Dialect, Reply
 
 __all__ = ["COVERAGE", "DIALECT", "PREFIX", "STATUS", "error", "from_job", "router"]

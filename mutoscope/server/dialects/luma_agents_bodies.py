@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mutoscope.jobs.errors import InvalidRequest, Unsupported
 from mutoscope.jobs.inline import InputKind
@@ -37,8 +37,6 @@ LARGEST_MARGIN = 4.0
 MANGA = "in the style of a manga"
 SIGNALS = ("pose", "depth", "normals", "trajectory", "face")
 FOLLOWED = "edits follow the brightness of the source, as closely as strength says"
-
-B = TypeVar("B", bound=BaseModel)
 
 
 class Impossible(InvalidRequest):
@@ -194,23 +192,6 @@ class SentFileBody(Strict):
 
 
 Files = Mapping[ImageRef, File]
-
-
-def body_of(kind: type[B], value: Any) -> B:
-    """A JSON object as a type.
-
-    Raises:
-        InvalidRequest: names the first wrong field.
-    """
-    if not isinstance(value, dict):
-        raise InvalidRequest("The body must be a JSON object.")
-    try:
-        return kind.model_validate(value)
-    except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        what = "is not a field here" if first["type"] == "extra_forbidden" else first["msg"]
-        raise InvalidRequest(f"{field}: {what}.", field=field) from e
 
 
 # -- what goes together --------------------------------------------------------------------------------------

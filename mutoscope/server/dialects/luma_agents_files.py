@@ -22,7 +22,8 @@ from mutoscope.jobs.view import iso
 from mutoscope.server import edge
 from mutoscope.server.context import Context
 from mutoscope.server.dialects.coverage import SUPPORTED, Part, Route
-from mutoscope.server.dialects.luma_agents_bodies import FileBody, Impossible, SentFileBody, body_of
+from mutoscope.server.dialects.luma_agents_bodies import FileBody, Impossible, SentFileBody
+from mutoscope.server.dialects.luma_bodies import body_of
 from mutoscope.server.edge import Dialect, Reply
 
 HEADERS = {"x-api-version": "2026-04-01"}

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mutoscope.jobs.errors import InvalidRequest, Unsupported
 from mutoscope.jobs.spec import JobSpec, Keyframe, Media, Outpaint, Reference, Tier
 from mutoscope.server.dialects.inputs import File, Named, like
 
+T = TypeVar("T", bound=BaseModel)
 Aspect = Literal["1:1", "16:9", "9:16", "4:3", "3:4", "21:9", "9:21"]
 VideoModel = Literal["ray-2", "ray-flash-2", "ray-1-6"]
 ImageModel = Literal["photon-1", "photon-flash-1"]
@@ -376,3 +377,21 @@ def _margins(body: ReframeBody) -> Outpaint | None:
     if not any(sides.values()):
         raise InvalidRequest("The bounds are those of the source: nothing would be new", field="x_start")
     return Outpaint(**{name: min(side, 4.0) for name, side in sides.items()})
+
+
+def body_of(kind: type[T], value: Any) -> T:
+    """A JSON object as a type; no body at all is an empty one.
+
+    Raises:
+        InvalidRequest: names the first wrong field.
+    """
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        what = "is not a field here" if first["type"] == "extra_forbidden" else first["msg"]
+        raise InvalidRequest(f"{field}: {what}.", field=field) from e
