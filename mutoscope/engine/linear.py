@@ -147,11 +147,11 @@ class Unpacked:
     def linear(
         self, x: Tensor | Shared, weight: Packed, bias: Tensor | None, *, gelu: bool = False
     ) -> Tensor:
-        w = weight.values(self.dtype, self._buffer(weight.data.device))
+        w = weight.values(self.dtype, self.buffer(weight.data.device))
         x = x.made(str(self.dtype), self._convert) if isinstance(x, Shared) else x.to(self.dtype)
         b = None if bias is None else bias.to(self.dtype)
         if self.fuses_gelu(w.device):
-            y = _linear_pointwise(x, w, b, gelu)
+            y = linear_pointwise(x, w, b, gelu)
         else:
             y = F.linear(x, w, b)
             y = F.gelu(y, approximate="tanh") if gelu else y
@@ -168,7 +168,7 @@ class Unpacked:
     def _convert(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
 
-    def _buffer(self, device: torch.device) -> Tensor:
+    def buffer(self, device: torch.device) -> Tensor:
         """Made at the first use, for the largest weight admitted; touched only as far as a weight reaches."""
         if device not in self._buffers:
             with torch.inference_mode(False):  # else it could not be written to outside of inference mode
@@ -181,7 +181,7 @@ def _has_linear_pointwise() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _linear_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+def linear_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """oneDNN's product with bias and GELU inside, rounded once. F.linear adds the bias in a pass of its own."""
     after = ("gelu", [], "tanh") if gelu else ("none", [], "")
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *after)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from mutoscope.engine.gguf import GGMLType
 from mutoscope.engine.int8 import Int8, Weight, gelu_, prepare, product, quantize_rows
-from mutoscope.engine.linear import Packed, QuantLinear, Shared, Unpacked, _linear_pointwise
+from mutoscope.engine.linear import Packed, QuantLinear, Shared, Unpacked, linear_pointwise
 from mutoscope.engine.lora_files import Changes, is_linear, read_lora
 
 Undo = Callable[[], None]
@@ -132,10 +132,10 @@ class Wide:
         if self._buffer is None or self._buffer.numel() < n * (k + r):
             self._buffer = torch.empty(n * (k + r), dtype=up.dtype, device=up.device)
         weight = self._buffer[: n * (k + r)].view(n, k + r)
-        weight[:, :k] = layer.weight.values(up.dtype, layer.precision._buffer(up.device))
+        weight[:, :k] = layer.weight.values(up.dtype, layer.precision.buffer(up.device))
         weight[:, k:] = up
         bias = None if layer.bias is None else layer.bias.to(up.dtype)
-        return _linear_pointwise(torch.cat((x, side), -1), weight, bias, gelu=True)
+        return linear_pointwise(torch.cat((x, side), -1), weight, bias, gelu=True)
 
 
 class Attached:

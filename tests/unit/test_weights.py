@@ -208,7 +208,7 @@ def test_one_buffer_serves_all_layers(tmp_path, tensors):
         forward(model)
     forward(model)  # a buffer made in inference mode could not be written to here
     main = model.blocks[0].ffn["0"].precision
-    assert main._buffer(torch.device("cpu")).numel() == 64 * 96
+    assert main.buffer(torch.device("cpu")).numel() == 64 * 96
 
 
 def test_loading_does_not_read_the_file(tmp_path):

@@ -9,18 +9,14 @@ from typing import Any
 
 import httpx
 import numpy as np
-from fastapi.testclient import TestClient
 from luma_agents import Luma
 from lumaai import LumaAI
 from PIL import Image
 
 from mutoscope.jobs import accounts, queue
-from mutoscope.jobs.database import Database
 from mutoscope.jobs.model import Failure, Job, Output, State
 from mutoscope.media.write import VideoWriter, write_image
-from mutoscope.server.app import create_app
-from mutoscope.settings import Settings
-from tests.service.databases import place_migrated
+from tests.service.contract.base import AppInProcess, InProcess
 
 BASE = "http://testserver/dream-machine/v1"
 AGENTS = "http://testserver/agents/v1"
@@ -28,29 +24,11 @@ FRAMES, FPS = 5, 8
 """Of the clips that are made."""
 
 
-class InProcess(httpx.BaseTransport):
-    """Hands the SDK's requests to the app without a network."""
-
-    def __init__(self, http: TestClient) -> None:
-        self.http = http
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        headers = {k: v for k, v in request.headers.items() if k != "host"}
-        got = self.http.request(request.method, str(request.url), content=request.read(), headers=headers)
-        return httpx.Response(
-            got.status_code, headers=list(got.headers.items()), content=got.content, request=request
-        )
-
-
-class House:
+class House(AppInProcess):
     """The app, its database, and what workers do to jobs."""
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
-        self.settings = Settings(data_dir=data_dir, **settings)
-        place_migrated(data_dir)
-        self.app = create_app(self.settings)
-        self.db: Database = self.app.state.ctx.db
-        self.http = TestClient(self.app, raise_server_exceptions=False)
+        super().__init__(data_dir, **settings)
         with self.db.write() as tx:
             account = accounts.create(tx, "test", account_id="test")
             _, self.key = accounts.create_key(tx, account.id, "test", value="My Auth Token")
@@ -70,17 +48,6 @@ class House:
     @property
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"}
-
-    def job(self, job_id: str | None) -> Job:
-        assert job_id is not None
-        with self.db.read() as tx:
-            return queue.get(tx, job_id, deleted=True)
-
-    def claim(self) -> Job:
-        with self.db.write() as tx:
-            job = queue.claim(tx, "worker", ["pocket"], "cpu")
-        assert job is not None
-        return job
 
     def finish(self) -> Job:
         """The next job is made: a real file."""

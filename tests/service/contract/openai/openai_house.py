@@ -11,12 +11,9 @@ from fastapi.testclient import TestClient
 from openai import OpenAI
 
 from mutoscope.jobs import accounts, queue
-from mutoscope.jobs.database import Database
 from mutoscope.jobs.model import Failure, Job, Output
 from mutoscope.media.deliver import Delivery
-from mutoscope.server.app import create_app
-from mutoscope.settings import Settings
-from tests.service.databases import place_migrated
+from tests.service.contract.base import AppInProcess
 
 BASE = "http://testserver/openai/v1"
 
@@ -37,15 +34,11 @@ class InProcess(httpx2.BaseTransport):
         )
 
 
-class House:
+class House(AppInProcess):
     """The app, its database, and what workers do to jobs."""
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
-        self.settings = Settings(data_dir=data_dir, **settings)
-        place_migrated(data_dir)
-        self.app = create_app(self.settings)
-        self.db: Database = self.app.state.ctx.db
-        self.http = TestClient(self.app, raise_server_exceptions=False)
+        super().__init__(data_dir, **settings)
         self.transport = InProcess(self.http)
         with self.db.write() as tx:
             self.account = accounts.create(tx, "test").id
@@ -61,22 +54,6 @@ class House:
     @property
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"}
-
-    def job(self, job_id: str) -> Job:
-        with self.db.read() as tx:
-            return queue.get(tx, job_id, deleted=True)
-
-    def claim(self) -> Job:
-        """The next job starts."""
-        with self.db.write() as tx:
-            job = queue.claim(tx, "worker", ["pocket"], "cpu")
-        assert job is not None, "nothing waits"
-        return job
-
-    def progress(self, job: Job, fraction: float) -> None:
-        with self.db.write() as tx:
-            assert queue.progress(tx, job.id, job.fence, stage="denoise", step=5, steps=20, fraction=fraction,
-                                  eta_at=tx.now + 30)  # fmt: skip
 
     def finish(self) -> Job:
         """The next job is made: real files, written by what the worker writes with."""

@@ -11,43 +11,21 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 import uvicorn
-from fastapi.testclient import TestClient
 from runwayml import RunwayML
 
 from mutoscope.jobs import accounts, queue
-from mutoscope.jobs.database import Database
 from mutoscope.jobs.model import Account, Failure, Job, Output
 from mutoscope.media.write import VideoWriter, write_image
-from mutoscope.server.app import create_app
-from mutoscope.settings import Settings
-from tests.service.databases import place_migrated
+from tests.service.contract.base import AppInProcess, InProcess
 
 BASE_URL = "http://testserver"
 
 
-class InProcess(httpx.BaseTransport):
-    """Hands the SDK's requests to the app without a network."""
-
-    def __init__(self, http: TestClient) -> None:
-        self.http = http
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        headers = {k: v for k, v in request.headers.items() if k != "host"}
-        got = self.http.request(request.method, str(request.url), content=request.read(), headers=headers)
-        return httpx.Response(
-            got.status_code, headers=list(got.headers.items()), content=got.content, request=request
-        )
-
-
-class House:
+class House(AppInProcess):
     """The app, its database, and what workers do to jobs."""
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
-        self.settings = Settings(data_dir=data_dir, **settings)
-        place_migrated(data_dir)
-        self.app = create_app(self.settings)
-        self.db = Database(self.settings.database)
-        self.http = TestClient(self.app, base_url=BASE_URL, raise_server_exceptions=True)
+        super().__init__(data_dir, raising=True, **settings)
         with self.db.write() as tx:
             self.account: Account = accounts.create(tx, "test")
             _, self.key = accounts.create_key(tx, self.account.id, "test")
@@ -58,22 +36,6 @@ class House:
         return RunwayML(
             api_key=self.key, base_url=BASE_URL, http_client=http, _strict_response_validation=True, **options
         )
-
-    def job(self, job_id: str) -> Job:
-        with self.db.read() as tx:
-            return queue.get(tx, job_id, deleted=True)
-
-    def claim(self) -> Job:
-        """The next job starts."""
-        with self.db.write() as tx:
-            job = queue.claim(tx, "worker", ["pocket"], "cpu")
-        assert job is not None, "nothing waits"
-        return job
-
-    def progress(self, job: Job, fraction: float) -> None:
-        with self.db.write() as tx:
-            assert queue.progress(tx, job.id, job.fence, stage="denoise", step=5, steps=20, fraction=fraction,
-                                  eta_at=tx.now + 30)  # fmt: skip
 
     def succeed(self, job: Job) -> None:
         """A real file of the kind that was asked for."""
