@@ -106,12 +106,7 @@ def reserve_many(tx: Tx, made: Sequence[Job], *, overdraft: bool = False) -> Non
     tx.conn.execute(sa.insert(ledger), rows)
 
 
-def settle(tx: Tx, job: Job) -> int:
-    """The job has ended; see `settle_many`. Returns what was taken."""
-    return settle_many(tx, [job])[job.id]
-
-
-def settle_many(tx: Tx, ended: Sequence[Job]) -> dict[str, int]:
+def settle(tx: Tx, ended: Sequence[Job]) -> dict[str, int]:
     """Jobs have ended: take what each costs, give the rest back. Returns what was taken, by job.
 
     A job that a cheaper model took over costs less than was reserved (`job.cost` fell), never more.

@@ -487,7 +487,7 @@ def _move_all(
     if not moved:
         return []
     if ends:
-        taken = ledger.settle_many(tx, moved)
+        taken = ledger.settle(tx, moved)
         moved = [replace(job, cost_captured=taken[job.id]) for job in moved]
         for job in moved:
             if job.attempt:

@@ -114,7 +114,7 @@ def test_nothing_is_held_or_taken_twice(db: Database, account: str) -> None:
         add_job(tx)
         job = claimed(tx)
         queue.succeed(tx, job.id, job.fence, [output(job)], {})
-    for again in (ledger.reserve, ledger.settle):
+    for again in (ledger.reserve, lambda tx, job: ledger.settle(tx, [job])):
         with pytest.raises(sa.exc.IntegrityError), db.write() as tx:
             again(tx, queue.get(tx, job.id))
     with db.read() as tx:
