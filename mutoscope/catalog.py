@@ -346,8 +346,17 @@ class Installed:
 
 def default_models_dir() -> Path:
     """$MUTOSCOPE_HOME/models, else the platform's user data folder. Nothing is created."""
+    return _home() / "models"
+
+
+def default_loras_dir() -> Path:
+    """The folder `loras` beside that of the models. Nothing is created."""
+    return _home() / "loras"
+
+
+def _home() -> Path:
     home = os.environ.get("MUTOSCOPE_HOME") or platformdirs.user_data_dir("mutoscope", appauthor=False)
-    return Path(home).expanduser() / "models"
+    return Path(home).expanduser()
 
 
 def folder_name(name: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mutoscope import __version__
+from mutoscope.digests import sha256_of
 from mutoscope.errors import MediaError, RequestError
 from mutoscope.manifest import ModelManifest, suggest
 from mutoscope.media.frames import check_frames
@@ -108,8 +109,15 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
 
 
 def describe(request: GenerationRequest, manifest: ModelManifest, precision: str = "auto") -> dict[str, Any]:
-    """What is embedded in a finished file: all that is needed to make it again, nothing that changes between runs."""
+    """What is embedded in a finished file: all that is needed to make it again, nothing that changes between runs.
+
+    Raises:
+        FileError: a LoRA is missing: its SHA-256 is told.
+    """
+    own = {name: lora.file.path for name, lora in manifest.loras.items()}
+    digests = {str(name): sha256_of(own.get(str(name), Path(name))) for name, _ in request.loras}
     return {
+        **({"lora_sha256": digests} if digests else {}),
         **({"precision": precision} if precision != "auto" else {}),
         "version": __version__,
         "model": manifest.name,

@@ -6,6 +6,7 @@ progress.py   bar, lines or JSON while it runs        models.py     models, pull
 remake.py     metadata to the command that made it    files.py      inspect, quantize
 common.py     consoles, options, failures             doctor.py     doctor
 admin.py      keys, jobs, accounts, credits           serve.py      serve, worker
+loras.py      loras
 
 Importing it is cheap, so `mutoscope --help` answers at once: commands import the engine when they need it.
 Exit codes: errors.py, docs/cli.md.
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from mutoscope import __version__
-from mutoscope.cli import admin, decode, doctor, files, generate, models, serve
+from mutoscope.cli import admin, decode, doctor, files, generate, loras, models, serve
 from mutoscope.cli.common import ClosedPipe, Settings, say, tell_failure
 
 USAGE = 2
@@ -55,6 +56,7 @@ app.command()(generate.generate)
 app.command()(decode.decode)
 app.add_typer(models.app, name="models")
 app.command()(models.pull)
+app.command()(loras.loras)
 app.command()(files.inspect)
 app.command()(files.calibrate)
 app.command()(files.quantize)

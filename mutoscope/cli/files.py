@@ -109,6 +109,7 @@ def _inspect_media(file: Path, *, json_: bool) -> None:
 
 def _print_making(info: dict[str, Any]) -> None:
     request = info.get("request", {})
+    digests = info.get("lora_sha256", {})
     unfinished = info.get("steps_done", request.get("steps")) != request.get("steps")
     settings = ("steps", "guidance", "shift", "sampler", "quality")
     rows = {
@@ -117,6 +118,10 @@ def _print_making(info: dict[str, Any]) -> None:
         "model": info.get("model"),
         "seed": info.get("seed"),
         "settings": ", ".join(f"{k} {request[k]}" for k in settings if k in request),
+        "LoRAs": ", ".join(
+            f"{Path(name).name} {strength:g} (sha256 {digests.get(name, '')[:12]})"
+            for name, strength in request.get("loras", ())
+        ),
         "followed": ", ".join(request.get("conditioning", {})),
         "version": info.get("version"),
         "finished": f"no, step {info['steps_done']} of {request.get('steps')}" if unfinished else "",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mutoscope.catalog import POCKET, find_model
+from mutoscope.catalog import POCKET, default_loras_dir, find_model
 from mutoscope.cli import parse
 from mutoscope.cli.common import (
     Debug,
@@ -31,7 +31,7 @@ from mutoscope.manifest import ModelManifest
 
 if TYPE_CHECKING:
     from mutoscope.engine.pipeline import Models
-    from mutoscope.request import GenerationRequest
+    from mutoscope.request import GenerationRequest, Lora
 
 _SHOW = "Pictures and clips to follow"
 _LENGTH = "Size and length"
@@ -246,7 +246,7 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="FILE[=STRENGTH]",
-            help="A LoRA: a file, or a name in the model's model.toml. Repeatable.",
+            help="A LoRA: a file, or a name that `mutoscope loras` lists. Repeatable.",
             show_default=False,
             rich_help_panel=_SAMPLING,
         ),
@@ -332,7 +332,7 @@ def generate(
         sampler=sampler,
         seed=seed,
         quality=quality,
-        loras=tuple(parse.lora(text) for text in lora or ()),
+        loras=tuple(_found(parse.lora(text), manifest) for text in lora or ()),
         guidance_interval=parse.interval(guidance_interval),
         guidance_kind=guidance_kind,
         cache=cache,
@@ -356,6 +356,17 @@ def generate(
             _report(job, result, took, manifest)
     if not (json_ or quiet):
         _suggest(jobs[-1], manifest)
+
+
+def _found(lora: Lora, manifest: ModelManifest) -> Lora:
+    """The file of a name in the folder of LoRAs; the model's own names and files come first."""
+    name, strength = str(lora[0]), lora[1]
+    if name in manifest.loras or Path(name).exists():
+        return lora
+    from mutoscope.loras import Shelf
+
+    shelf = Shelf(default_loras_dir())
+    return (shelf.get(name).path, strength) if shelf.find(name) else lora
 
 
 @dataclass(frozen=True)

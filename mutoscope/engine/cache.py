@@ -35,10 +35,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mutoscope.engine.cache_tables import MAG, TEA, MagNumbers, TeaNumbers
+from mutoscope.engine.cache_tables import MagNumbers, TeaNumbers, published
 from mutoscope.engine.memory import n_tokens
 from mutoscope.engine.wan import TimeModulation, WanConfig
-from mutoscope.errors import FileError, RequestError
+from mutoscope.errors import FileError
 from mutoscope.request import GenerationRequest
 
 COND, UNCOND = 0, 1
@@ -238,20 +238,10 @@ def find_numbers(wanted: str, config: WanConfig, own: Path | None = None) -> Num
     Raises:
         RequestError: there are no numbers for this model.
     """
-    kind, size = wanted.partition("=")[0], (config.dim, config.n_layers)
-    if kind == "tea":
-        if size not in TEA:
-            raise _unpublished("TeaCache", config, "Use --cache easy, which needs no numbers.")
-        return TEA[size]
-    if kind == "mag":
-        if own is not None:
-            return read_magnitudes(own)
-        if (*size, bool(config.vace_layers)) not in MAG:
-            raise _unpublished(
-                "MagCache", config, "Measure them with scripts/measure_magnitudes.py, or use --cache easy."
-            )
-        return MAG[*size, bool(config.vace_layers)]
-    return None
+    kind = wanted.partition("=")[0]
+    if kind == "mag" and own is not None:
+        return read_magnitudes(own)
+    return published(kind, config.dim, config.n_layers, vace=bool(config.vace_layers))
 
 
 def make_cache(wanted: str, steps: int, numbers: Numbers, modulation: TimeModulation) -> StepCache:
@@ -280,14 +270,6 @@ def kept_bytes(config: WanConfig, request: GenerationRequest) -> int:
     n_references = request.conditioning.n_references
     tokens = n_tokens(request.width or 0, request.height or 0, request.frames or 0, n_references)
     return 3 * 4 * tokens * config.dim
-
-
-def _unpublished(name: str, config: WanConfig, hint: str) -> RequestError:
-    return RequestError(
-        f"{name} needs numbers measured for a model, and there are none for one of width {config.dim} "
-        f"with {config.n_layers} layers.",
-        hint=hint,
-    )
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mutoscope.errors import RequestError
+
 
 @dataclass(frozen=True)
 class TeaNumbers:
@@ -365,3 +367,26 @@ MAG: dict[tuple[int, int, bool], MagNumbers] = {
     (*LARGE, True): MagNumbers(_T2V_14B_COND, _T2V_14B_UNCOND, 0.02, 3),
 }
 """By width, layers, and whether there is a side branch."""
+
+
+def published(kind: str, dim: int, n_layers: int, *, vace: bool) -> TeaNumbers | MagNumbers | None:
+    """What a cache of this kind ("tea", "mag") has to know of a model of this width and depth; None: nothing.
+
+    Raises:
+        RequestError: there are no numbers for such a model.
+    """
+    if kind == "tea":
+        name, found = "TeaCache", TEA.get((dim, n_layers))
+        hint = "Use the cache easy, which needs no numbers."
+    elif kind == "mag":
+        name, found = "MagCache", MAG.get((dim, n_layers, vace))
+        hint = "Measure them with scripts/measure_magnitudes.py, or use the cache easy."
+    else:
+        return None
+    if found is None:
+        raise RequestError(
+            f"{name} needs numbers measured for a model, and there are none for one of width {dim} "
+            f"with {n_layers} layers.",
+            hint=hint,
+        )
+    return found

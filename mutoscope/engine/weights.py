@@ -18,7 +18,6 @@ Details that have caused bugs:
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import zipfile
@@ -26,14 +25,15 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mutoscope.engine import umt5, vae, wan
-from mutoscope.engine.gguf import BLOCKS, GGMLType, GGUFFile
+from mutoscope.engine.gguf import GGMLType, GGUFFile, TensorInfo
+from mutoscope.engine.headers import INCOMPLETE, file_kind, safetensors_header, shared_prefix
 from mutoscope.engine.linear import (
     FLOATS,
     Packed,
@@ -45,15 +45,9 @@ from mutoscope.engine.linear import (
 )
 from mutoscope.engine.precision import REPACKED, PrecisionName, chooser, read_sidecar, repacked
 from mutoscope.engine.quants import as_tensor
-from mutoscope.errors import FileError, WeightError
+from mutoscope.errors import WeightError
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "vae.", "model.")
-"""What other programs put before every name of a file."""
-
-MAX_SAFETENSORS_HEADER_BYTES = 100 << 20  # the limit of the format's own reader
 _TYPE_OF = {dtype: type_id for type_id, dtype in FLOATS.items()}
-_SAFETENSORS = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
-_INCOMPLETE = "The file is probably incomplete; download it again."
 
 
 # ---------------------------------------------------------------- files
@@ -102,23 +96,22 @@ def open_weights(path: str | Path) -> WeightSource:
         FileError: the file is missing, damaged (GGUFError, WeightError) or none of the three kinds.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(16)
-    except OSError as error:
-        raise FileError(f"{path} cannot be opened: {error.strerror or error}") from error
-    if start.startswith(b"GGUF"):
+    kind: Literal["gguf", "safetensors", "pytorch"]
+    found = file_kind(path)
+    if found == "gguf":
         kind, metadata, tensors = "gguf", *_read_gguf(path)
-    elif start[8:9] == b"{":
+    elif found == "safetensors":
         kind, metadata, tensors = "safetensors", *_read_safetensors(path)
     elif zipfile.is_zipfile(path):
         kind, metadata, tensors = "pytorch", *_read_pytorch(path)
     else:
+        with path.open("rb") as stream:
+            start = stream.read(4)
         raise WeightError(
-            f"{path.name} starts with {start[:4]!r}: neither GGUF, safetensors nor a PyTorch checkpoint",
-            hint=_INCOMPLETE,
+            f"{path.name} starts with {start!r}: neither GGUF, safetensors nor a PyTorch checkpoint",
+            hint=INCOMPLETE,
         )
-    prefix = next((p for p in PREFIXES if tensors and all(t.name.startswith(p) for t in tensors)), "")
+    prefix = shared_prefix(t.name for t in tensors)
     return WeightSource(path, kind, metadata, {t.name.removeprefix(prefix): t for t in tensors})
 
 
@@ -134,55 +127,14 @@ def _read_gguf(path: Path) -> tuple[Mapping[str, Any], list[Stored]]:
 
 
 def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], list[Stored]]:
-    """8 bytes of header length, a JSON header, then data (https://github.com/huggingface/safetensors#format).
-
-    Metadata values are strings in this format; those that are JSON are decoded.
-    """
-
-    def fail(message: str, hint: str = _INCOMPLETE) -> NoReturn:
-        raise WeightError(f"{path.name}: {message}", hint=hint)
-
     with path.open("rb") as stream:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    header_bytes = int.from_bytes(mapped[:8], "little")
-    data_start = 8 + header_bytes
-    if header_bytes > MAX_SAFETENSORS_HEADER_BYTES or data_start > len(mapped):
-        fail(f"header of {header_bytes} bytes in a file of {len(mapped)}")
-    try:
-        header: dict[str, Any] = json.loads(mapped[8:data_start])
-    except (ValueError, RecursionError) as error:
-        fail(f"header is not JSON ({error})")
+    metadata, tensors = safetensors_header(mapped, path.name)
 
-    def reader(start: int, stop: int) -> Callable[[], Tensor]:
-        return lambda: as_tensor(np.frombuffer(mapped, np.uint8, stop - start, start))
+    def reader(t: TensorInfo) -> Callable[[], Tensor]:
+        return lambda: as_tensor(np.frombuffer(mapped, np.uint8, t.nbytes, t.offset))
 
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        fail("metadata is malformed, expected strings under names")
-    tensors = []
-    for name, entry in header.items():
-        try:
-            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-            start, stop = (data_start + int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            fail(f"entry of tensor {name!r} is malformed ({error!r})")
-        if dtype not in _SAFETENSORS:
-            fail(f"tensor {name!r} is stored as {dtype}, expected one of {', '.join(_SAFETENSORS)}",
-                 hint="Choose the 16-bit or a GGUF version of this model.")  # fmt: skip
-        type_id = _SAFETENSORS[dtype]
-        nbytes = math.prod(shape) * BLOCKS[type_id].nbytes
-        sound = all(n >= 0 for n in shape) and data_start <= start <= stop <= len(mapped)
-        if not sound or stop - start != nbytes:
-            fail(f"tensor {name!r} {dtype} {list(shape)} has bytes {start} to {stop} of {len(mapped)}")
-        tensors.append(Stored(name, shape, type_id, nbytes, path, reader(start, stop)))
-    return {key: _decoded(value) for key, value in metadata.items()}, tensors
-
-
-def _decoded(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+    return metadata, [Stored(t.name, t.shape, t.type_id, t.nbytes, path, reader(t)) for t in tensors]
 
 
 def _read_pytorch(path: Path) -> tuple[Mapping[str, Any], list[Stored]]:
