@@ -359,6 +359,12 @@ def _home() -> Path:
     return Path(home).expanduser()
 
 
+def default_cache_dir() -> Path | None:
+    """$MUTOSCOPE_CACHE, else the platform's user cache folder; None if that is "off". Nothing is created."""
+    told = os.environ.get("MUTOSCOPE_CACHE") or platformdirs.user_cache_dir("mutoscope", appauthor=False)
+    return None if told == "off" else Path(told).expanduser()
+
+
 def folder_name(name: str) -> str:
     """The folder of a set: its name with what Windows cannot store replaced."""
     return name.replace(":", "-")

@@ -3,15 +3,17 @@
     python scripts/make_random_model.py vace-14b /var/tmp/vace.gguf --type Q4_K_M        # 12.1 GB
     python scripts/make_random_model.py vae vae.safetensors --type F16
 
-For measuring speed and memory and for testing loaders. Blocks are drawn at random from a small quantised pool, so
-that 17 billion weights take as long as writing the file; memory holds one tensor. Matrices are scaled by their
-fan-in: activations stay finite and near 1, and nothing else about the outputs means anything.
+For measuring speed and memory and for testing loaders. A text encoder comes with a tokenizer of made-up words. Blocks
+are drawn at random from a small quantised pool, so that 17 billion weights take as long as writing the file; memory
+holds one tensor. Matrices are scaled by their fan-in: activations stay finite and near 1, and nothing else about the
+outputs means anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import string
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mutoscope.catalog import OFFICIAL_NEGATIVE_PROMPT
 from mutoscope.engine.gguf import BLOCKS, GGMLType, nbytes
 from mutoscope.engine.gguf_writer import GGUFWriter
 from mutoscope.engine.quantize import BASE, FILE_TYPE, architecture_of, mixture
@@ -95,8 +98,41 @@ def _metadata(
 ) -> dict[str, Any]:
     """Published Wan files say nothing about themselves, so these neither, unless shapes do not tell all."""
     if isinstance(config, UMT5Config):
-        return config.metadata
+        return {**config.metadata, **made_up_tokenizer(config.vocab_size)}
     return {} if type(config).from_tensors(shapes, {}) == config else config.metadata
+
+
+def made_up_tokenizer(vocab_size: int, seed: int = 0) -> dict[str, Any]:
+    """`tokenizer.ggml.*` of so many pieces: the characters of the usual prompts, then random words. No meaning."""
+    rng = np.random.default_rng(seed)
+    pieces = ["<pad>", "</s>", "<s>", "<unk>", "▁"]
+    pieces += sorted(
+        set(string.ascii_letters + string.digits + string.punctuation + OFFICIAL_NEGATIVE_PROMPT)
+    )
+    letters = np.array(list("▁" + string.ascii_lowercase))
+    known = set(pieces)
+    while len(pieces) < vocab_size:
+        lengths = rng.integers(2, 11, vocab_size)
+        drawn = letters[rng.integers(0, len(letters), (vocab_size, 10))]
+        drawn[:, 1:] = np.where(drawn[:, 1:] == "▁", "e", drawn[:, 1:])  # words begin there, and nowhere else
+        words = ("".join(word[:n]) for word, n in zip(drawn.tolist(), lengths.tolist(), strict=True))
+        new = [word for word in dict.fromkeys(words) if word not in known]
+        known.update(new)
+        pieces += new
+    types = np.ones(vocab_size, np.int32)
+    types[:4] = 3, 3, 3, 2
+    values = {
+        "model": "t5",
+        "tokens": pieces[:vocab_size],
+        "scores": np.linspace(-1, -20, vocab_size, dtype=np.float32),
+        "token_type": types,
+        "add_space_prefix": True,
+        "remove_extra_whitespaces": True,
+        "eos_token_id": 1,
+        "padding_token_id": 0,
+        "unknown_token_id": 3,
+    }
+    return {"tokenizer.ggml." + name: value for name, value in values.items()}
 
 
 class _Weights:

@@ -23,6 +23,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
         if name.startswith(OURS):
             monkeypatch.delenv(name)
     monkeypatch.setenv("MUTOSCOPE_HOME", str(tmp_path_factory.getbasetemp() / "no-models"))
+    monkeypatch.setenv("MUTOSCOPE_CACHE", "off")
 
 
 @pytest.fixture(scope="session")

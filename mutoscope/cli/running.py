@@ -28,6 +28,7 @@ def open_models(
     import torch
 
     from mutoscope.engine.pipeline import Models
+    from mutoscope.engine.text_cache import default_text_cache
     from mutoscope.machine import use_threads
     from mutoscope.planning import size_bytes
 
@@ -40,7 +41,8 @@ def open_models(
             hint="mutoscope doctor lists what can.",
         ) from e
     use_threads(manifest, torch.get_num_threads())
-    return Models(manifest, chosen, precision, None if memory is None else size_bytes(memory))
+    promised = None if memory is None else size_bytes(memory)
+    return Models(manifest, chosen, precision, promised, default_text_cache())
 
 
 @dataclass(frozen=True)

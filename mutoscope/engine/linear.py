@@ -134,6 +134,7 @@ class Unpacked:
         self.buffer_numel = 0
         self._file_bytes = 0
         self._buffers: dict[torch.device, Tensor] = {}
+        self._held: tuple[Tensor, Tensor] | None = None
 
     def admit(self, weight: Packed) -> None:
         self._file_bytes += weight.data.nbytes
@@ -147,7 +148,7 @@ class Unpacked:
     def linear(
         self, x: Tensor | Shared, weight: Packed, bias: Tensor | None, *, gelu: bool = False
     ) -> Tensor:
-        w = weight.values(self.dtype, self.buffer(weight.data.device))
+        w = self._unpacked(weight)
         x = x.made(str(self.dtype), self._convert) if isinstance(x, Shared) else x.to(self.dtype)
         b = None if bias is None else bias.to(self.dtype)
         if self.fuses_gelu(w.device):
@@ -158,6 +159,13 @@ class Unpacked:
         if self.drop:
             weight.drop_pages()
         return y
+
+    def _unpacked(self, weight: Packed) -> Tensor:
+        """The weight's numbers; those of the last one are still in the buffer if it is asked for again."""
+        if self._held is None or self._held[0] is not weight.data:
+            self._held = None  # whatever happens now, the buffer is written to
+            self._held = weight.data, weight.values(self.dtype, self.buffer(weight.data.device))
+        return self._held[1]
 
     def fuses_gelu(self, device: torch.device) -> bool:
         return device.type == "cpu" and self.dtype == torch.bfloat16 and _has_linear_pointwise()

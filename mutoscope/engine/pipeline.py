@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +31,7 @@ from mutoscope.catalog import find_model
 from mutoscope.engine import cache, conditioning, latents, lora, memory, pages, sampler, tiling, weights
 from mutoscope.engine.linear import kept_bytes, settle
 from mutoscope.engine.precision import checked, compute_dtype
+from mutoscope.engine.text_cache import TextCache, default_text_cache, name_of
 from mutoscope.engine.tokenizer import Tokenizer, clean_text
 from mutoscope.engine.umt5 import UMT5Encoder
 from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE
@@ -41,13 +45,14 @@ from mutoscope.request import Conditioning, FramesHWC, GenerationRequest
 
 MAX_TEXT_TOKENS = 512
 PREVIEW_STEPS = 5
+REMEMBERED_PROMPTS = 8
 
 
 class Models:
     """The three networks of a model set, opened when first needed and kept. Weights stay in their mapped files.
 
     precision: see `precision.py`. memory_bytes: what this process may use in all while it makes a clip; None: what is
-    free.
+    free. text_cache: where rows of the model's own negative prompt are kept; None: nowhere.
     """
 
     def __init__(
@@ -56,8 +61,10 @@ class Models:
         device: str = "cpu",
         precision: str = "auto",
         memory_bytes: int | None = None,
+        text_cache: TextCache | None = None,
     ) -> None:
         self.manifest = manifest
+        self.text_cache = text_cache
         self.memory_bytes = memory_bytes
         self.device = torch.device(device)
         self.precision = checked(precision)
@@ -111,16 +118,36 @@ class Models:
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.precision, self.device)
 
-    def text_rows(self, prompt: str) -> Tensor:
-        """The encoder's rows of a prompt, [1, L, E]; only its real tokens. The last few prompts are remembered."""
-        prompt = clean_text(prompt)
-        if prompt not in self._rows:
+    @torch.inference_mode()
+    def text_rows(self, prompts: Sequence[str], between: Callable[[], None] = lambda: None) -> list[Tensor]:
+        """The encoder's rows of each prompt, [1, L, E]; only its real tokens. The last few prompts are remembered.
+
+        between: called now and then while they are made; what it raises ends that.
+        """
+        prompts = [clean_text(prompt) for prompt in prompts]
+        rows = {p: self._rows[p] for p in prompts if p in self._rows}
+        stored = {p: self._stored_as(p) for p in prompts if p not in rows}
+        for prompt, name in stored.items():
+            if self.text_cache and name and (found := self.text_cache.read(name)) is not None:
+                rows[prompt] = found.to(self.device)
+        missing = [p for p in stored if p not in rows]
+        if missing:
             encoder, tokenizer = self.text
-            ids = torch.tensor([tokenizer.encode(prompt, MAX_TEXT_TOKENS)], device=self.device)
-            if len(self._rows) >= 8:
-                self._rows.pop(next(iter(self._rows)))
-            self._rows[prompt] = encoder(ids)
-        return self._rows[prompt]
+            ids = [torch.tensor([tokenizer.encode(p, MAX_TEXT_TOKENS)], device=self.device) for p in missing]
+            rows.update(zip(missing, encoder.together(ids, between), strict=True))
+        for prompt in missing:
+            if self.text_cache and (name := stored[prompt]):
+                self.text_cache.write(name, rows[prompt])
+        self._rows = dict(list({**self._rows, **rows}.items())[-REMEMBERED_PROMPTS:])
+        return [rows[prompt] for prompt in prompts]
+
+    def _stored_as(self, prompt: str) -> str | None:
+        """The name of a prompt's rows in the text cache, if they may be there."""
+        own = clean_text(self.manifest.defaults.negative_prompt)
+        if self.text_cache is None or not own or prompt != own:
+            return None
+        how = {"dtype": str(self.dtype), "device": str(self.device), "threads": torch.get_num_threads()}
+        return name_of(self.manifest.files.text_encoder.path, prompt, **how)
 
     @cached_property
     def resident_bytes(self) -> int:
@@ -131,7 +158,7 @@ class Models:
     def settle(self, need: memory.Need, now: int) -> None:
         """Keep of the weights what leaves room for a stage that needs `now` bytes, and give the rest back."""
         if self.memory_bytes is not None:
-            self.__dict__.pop("text", None)  # its tokenizer takes half a gigabyte, and a second to make
+            self.__dict__.pop("text", None)  # what it unpacks into and its vocabulary take 0.15 GB
         if self.device.type == "cpu":
             room = memory.room(need, self.device, self.memory_bytes, now=now)
             settle(self.dit, room if self.memory_bytes is not None else room + kept_bytes(self.dit))
@@ -162,8 +189,9 @@ def generate(
     info = describe(request, models.manifest, models.precision)
 
     yield Stage(name="load", seconds=clock.seconds)
-    loras = models.open_loras(request)
-    need = _check_models(models, request, loras)
+    with _text_meanwhile(models, request):
+        loras = models.open_loras(request)
+        need = _check_models(models, request, loras)
 
     yield Stage(name="text", seconds=clock.seconds)
     text = _text_context(models, request, loras)
@@ -272,10 +300,44 @@ def _check_models(models: Models, request: GenerationRequest, loras: lora.Loras)
     )
 
 
+def _prompts(request: GenerationRequest) -> list[str]:
+    """The prompt and, with guidance, the negative prompt."""
+    negative = [request.negative_prompt or ""] if request.guidance != 1.0 else []
+    return [request.prompt, *negative]
+
+
+@contextmanager
+def _text_meanwhile(models: Models, request: GenerationRequest) -> Iterator[None]:
+    """Encode the prompts in a thread while the block opens the other networks, which is mostly one core's work.
+
+    The thread has ended when the block has; an error of the block stops it early.
+    """
+    if "dit" in models.__dict__ or models.device.type != "cpu":
+        yield
+        return
+    failed = threading.Event()
+
+    def go_on() -> None:
+        if failed.is_set():
+            raise _Stopped
+
+    with ThreadPoolExecutor(1) as thread:
+        rows = thread.submit(models.text_rows, _prompts(request), go_on)
+        try:
+            yield
+        except BaseException:
+            failed.set()
+            raise
+        rows.result()
+
+
+class _Stopped(Exception):
+    """The work of a thread is not needed any more."""
+
+
 def _text_context(models: Models, request: GenerationRequest, loras: lora.Loras) -> TextContext:
     """Keys and values of the prompt and, with guidance, of the negative prompt: a batch of one or two."""
-    prompts = [request.prompt] + ([request.negative_prompt] if request.guidance != 1.0 else [])
-    rows = [models.text_rows(p or "") for p in prompts]
+    rows = models.text_rows(_prompts(request))
     lengths = [r.shape[1] for r in rows]
     padded = torch.cat([torch.nn.functional.pad(r, (0, 0, 0, max(lengths) - r.shape[1])) for r in rows])
     return models.dit_with(loras).text_context(padded, lengths)
@@ -391,6 +453,7 @@ class Engine:
     model: "pocket" (built in), an installed model's name, or the path of a model.toml. device: "cpu", "cuda", ... ;
     None takes a GPU if there is one. precision: "auto", "exact", "bf16" or "int8" (see `precision.py`). memory: a
     promise like "12GiB" or a number of bytes: the process stays below it, or a clip is refused before any work.
+    text_cache: whether the model's own negative prompt may be kept on disk (see `text_cache.py`).
     """
 
     def __init__(
@@ -401,10 +464,12 @@ class Engine:
         precision: str = "auto",
         memory: str | int | None = None,
         models_dir: Path | None = None,
+        text_cache: bool = True,
     ) -> None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         promised = size_bytes(memory) if isinstance(memory, str) else memory
-        self.models = Models(find_model(model, models_dir), device, precision, promised)
+        kept = default_text_cache() if text_cache else None
+        self.models = Models(find_model(model, models_dir), device, precision, promised, kept)
 
     def plan(self, request: GenerationRequest) -> GenerationRequest:
         """The request as it will run: see `planning.plan`."""

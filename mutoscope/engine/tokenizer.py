@@ -13,6 +13,9 @@ Details that have caused bugs, here or elsewhere:
 - `unknown_token_id` is missing or wrong in some files; the one token of type UNKNOWN decides.
 - UMT5 has byte pieces, but the fast HF tokenizer, hence Wan's training, never falls back to them: a run of
   unknown characters becomes one <unk>.
+
+A model of all 256k pieces takes a second to make and 0.6 GB of memory, for one sentence. Which path through a text is
+best depends on the pieces that occur in it and on the lowest score of all, so every text gets a model of just these.
 """
 
 from __future__ import annotations
@@ -61,13 +64,23 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: HFTokenizer, *, vocab_size: int, pad_id: int, eos_id: int, unk_id: int
+        self,
+        vocabulary: _Vocabulary,
+        normalizer: Any,
+        pre_tokenizer: Any,
+        *,
+        vocab_size: int,
+        pad_id: int,
+        eos_id: int,
     ) -> None:
-        self._backend = backend
+        self._vocabulary = vocabulary
+        self._normalizer = normalizer
+        self._pre_tokenizer = pre_tokenizer
+        self._without_pieces = self._backend([])
         self.vocab_size = vocab_size
         self.pad_id = pad_id
         self.eos_id = eos_id
-        self.unk_id = unk_id
+        self.unk_id = vocabulary.unk_id
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -87,40 +100,94 @@ class Tokenizer:
         if not np.isfinite(scores).all():
             raise WeightError(f"{KEY}scores: entry {np.argmin(np.isfinite(scores))} is not a finite number.")
         unk_id = _unknown_id(metadata, types)
-        backend = HFTokenizer(models.Unigram(_vocabulary(tokens, scores, types), unk_id, byte_fallback=False))
         collapse = _flag(metadata, "remove_extra_whitespaces")
-        backend.normalizer = normalizers.Sequence(_normalizers(metadata, collapse=collapse))
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(
-            replacement=_METASPACE,
-            prepend_scheme="always" if _flag(metadata, "add_space_prefix") else "never",
-        )
-        backend.add_tokens(_added_tokens(tokens, types))
         return cls(
-            backend,
+            _Vocabulary(tokens, scores, types, unk_id),
+            normalizers.Sequence(_normalizers(metadata, collapse=collapse)),
+            pre_tokenizers.Metaspace(
+                replacement=_METASPACE,
+                prepend_scheme="always" if _flag(metadata, "add_space_prefix") else "never",
+            ),
             vocab_size=len(tokens),
             pad_id=_id(metadata, "padding_token_id", 0, len(tokens)),
             eos_id=_id(metadata, "eos_token_id", 1, len(tokens)),
-            unk_id=unk_id,
         )
 
     def encode(self, text: str, max_length: int = MAX_LENGTH) -> list[int]:
         """Ids of `text`, at most max_length, the last one always </s>. Neither padded nor cleaned."""
         if max_length < 1:
             raise ValueError(f"max_length {max_length}: at least 1 expected, the place of </s>")
-        return [*self._encoding(text).ids[: max_length - 1], self.eos_id]
+        own, ids = self._encoding(text)
+        return [*(ids[i] for i in own.ids[: max_length - 1]), self.eos_id]
 
     def pieces(self, text: str) -> list[str]:
         """How `text` is cut, in words a person can read; without </s> and not truncated."""
-        return list(self._encoding(text).tokens)
+        return list(self._encoding(text)[0].tokens)
 
-    def _encoding(self, text: str) -> Any:
+    def _encoding(self, text: str) -> tuple[Any, list[int]]:
+        """The text cut by a model of its own, and the ids of that model's pieces."""
         try:
-            return self._backend.encode(text, add_special_tokens=False)
+            # Without pieces all is unknown, and an unknown run is shown as it stands after normalisation.
+            words = "".join(self._without_pieces.encode(text, add_special_tokens=False).tokens)
+            ids = self._vocabulary.occurring(words)
+            own = self._backend(ids).encode(text, add_special_tokens=False)
         except BaseException as error:
             # The Rust side walks the charsmap without bounds checks of its own and panics on a damaged one.
             if type(error).__name__ != "PanicException":
                 raise
             raise WeightError(f"{KEY}precompiled_charsmap is damaged: {error}") from error
+        return own, self._vocabulary.always + ids
+
+    def _backend(self, ids: list[int]) -> HFTokenizer:
+        """A tokenizer of the pieces that are always there and of these."""
+        model, added = self._vocabulary.model(ids)
+        backend = HFTokenizer(model)
+        backend.normalizer = self._normalizer
+        backend.pre_tokenizer = self._pre_tokenizer
+        backend.add_tokens(added)
+        return backend
+
+
+class _Vocabulary:
+    """All pieces, with padding out of reach: an UNUSED piece is never found, and its score counts for nothing.
+
+    always: ids that every model has: special pieces, which are matched in the raw text before anything else (<pad>,
+    </s>, <extra_id_0> ...), and the piece of the lowest score, to which the price of unknown characters is tied.
+    """
+
+    def __init__(self, tokens: list[str], scores: np.ndarray, types: np.ndarray, unk_id: int) -> None:
+        self.tokens = tokens
+        self.scores = scores
+        self.unk_id = unk_id
+        whole = np.isin(types, (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED))
+        (used,) = np.nonzero(types != TokenType.UNUSED)
+        special = np.nonzero(whole)[0].tolist()
+        self._added = [
+            AddedToken(tokens[i], normalized=False, special=bool(types[i] != TokenType.USER_DEFINED))
+            for i in special
+        ]
+        lowest = int(used[np.argmin(scores[used])])
+        self.always = list(dict.fromkeys([*special, unk_id, lowest]))
+        there = {tokens[i] for i in self.always}
+        self._id_of = {tokens[i]: i for i in used.tolist() if tokens[i] not in there}
+        self._longest = max(map(len, self._id_of), default=0)
+
+    def occurring(self, words: str) -> list[int]:
+        """Ids of the pieces that occur in a normalised text. No piece goes beyond a word, which begins with a mark."""
+        found: dict[int, None] = {}
+        for word in dict.fromkeys(re.findall(f"{_METASPACE}[^{_METASPACE}]*|[^{_METASPACE}]+", words)):
+            for start in range(len(word)):
+                for stop in range(start + 1, min(start + self._longest, len(word)) + 1):
+                    i = self._id_of.get(word[start:stop])
+                    if i is not None:
+                        found[i] = None
+        return list(found)
+
+    def model(self, ids: list[int]) -> tuple[models.Unigram, list[AddedToken]]:
+        """A unigram model of `always` and these, in this order, and the pieces to match before it."""
+        ids = self.always + ids
+        pieces = [(self.tokens[i], float(self.scores[i])) for i in ids]
+        return models.Unigram(pieces, ids.index(self.unk_id), byte_fallback=False), self._added
 
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:
@@ -181,21 +248,6 @@ def _unknown_id(metadata: Mapping[str, Any], types: np.ndarray) -> int:
     return unk_id
 
 
-def _vocabulary(tokens: Sequence[str], scores: np.ndarray, types: np.ndarray) -> list[tuple[str, float]]:
-    """(piece, score) in id order, with padding taken out of reach.
-
-    Padding at the end is dropped. An UNUSED piece further forward keeps its id, but gets a name that no text
-    matches (spaces are gone before the model looks) and a score that does not move the price of unknowns.
-    """
-    (used,) = np.nonzero(types != TokenType.UNUSED)
-    end = int(used[-1]) + 1
-    vocabulary = list(zip(tokens[:end], scores[:end].tolist(), strict=True))
-    lowest = float(scores[used].min())
-    for i in np.nonzero(types[:end] == TokenType.UNUSED)[0].tolist():
-        vocabulary[i] = (f" {i}", lowest)
-    return vocabulary
-
-
 def _normalizers(metadata: Mapping[str, Any], *, collapse: bool) -> list[Any]:
     """The charsmap (NFKC and more, as trained) and, if asked for, single spaces with none at the ends."""
     steps: list[Any] = []
@@ -221,12 +273,3 @@ def _charsmap(raw: Any) -> Any:
         return normalizers.Precompiled(data)
     except Exception as error:  # the bindings raise nothing more precise
         raise WeightError(f"{name} is damaged: {error}") from error
-
-
-def _added_tokens(tokens: Sequence[str], types: np.ndarray) -> list[AddedToken]:
-    """Pieces matched in the raw text before anything else: <pad>, </s>, <extra_id_0> ..."""
-    whole = np.isin(types, (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED))
-    return [
-        AddedToken(tokens[i], normalized=False, special=bool(types[i] != TokenType.USER_DEFINED))
-        for i in np.nonzero(whole)[0].tolist()
-    ]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,16 +173,28 @@ class Layer(nn.Module):
         self.ffn_down = nn.Linear(c.ffn_dim, c.dim, bias=False)
         self.n_heads = c.n_heads
 
-    def forward(self, x: Tensor, buckets: Tensor, key_bias: Tensor | None) -> Tensor:
-        n = self.attn_norm(x)
-        heads = (self.n_heads, -1)
-        q, k, v = (p(n).unflatten(-1, heads) for p in (self.attn_q, self.attn_k, self.attn_v))
-        bias = self.attn_rel_b(buckets)
-        if key_bias is not None:
-            bias = bias + key_bias
-        x = x + self.attn_o(attend(q, k, v, bias, scale=1.0).flatten(-2)).float()
-        n = self.ffn_norm(x)
-        return x + self.ffn_down(F.gelu(self.ffn_gate(n), approximate="tanh") * self.ffn_up(n)).float()
+    def forward(self, xs: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+        """Texts x [B, L, D], each with what is added to its logits, broadcast to [B, H, L, L].
+
+        A packed weight is unpacked once for all of them if it is asked for several times in a row.
+        """
+
+        def each(layer: nn.Module, inputs: Iterable[Tensor]) -> list[Tensor]:
+            return [layer(x) for x in inputs]
+
+        normed = each(self.attn_norm, xs)
+        q, k, v = (
+            [t.unflatten(-1, (self.n_heads, -1)) for t in each(projection, normed)]
+            for projection in (self.attn_q, self.attn_k, self.attn_v)
+        )
+        attended = [
+            attend(*qkv, bias, scale=1.0).flatten(-2) for *qkv, bias in zip(q, k, v, biases, strict=True)
+        ]
+        xs = [x + y.float() for x, y in zip(xs, each(self.attn_o, attended), strict=True)]
+        normed = each(self.ffn_norm, xs)
+        gates, ups = each(self.ffn_gate, normed), each(self.ffn_up, normed)
+        inner = [F.gelu(gate, approximate="tanh") * up for gate, up in zip(gates, ups, strict=True)]
+        return [x + y.float() for x, y in zip(xs, each(self.ffn_down, inner), strict=True)]
 
 
 class Stack(nn.Module):
@@ -205,14 +217,28 @@ class UMT5Encoder(nn.Module):
 
     def forward(self, ids_BL: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """ids [B, L] to rows [B, L, D]; with `lengths`, later tokens are not attended to (their rows mean nothing)."""
-        c = self.config
-        n = ids_BL.shape[1]
-        x = self.token_embd(ids_BL).float()
-        buckets = relative_buckets(n, c.n_buckets, c.max_distance).to(x.device)
+        n, device = ids_BL.shape[1], ids_BL.device
         key_bias = None
         if lengths is not None and min(lengths) < n:
-            real = torch.arange(n, device=x.device)[None] < torch.as_tensor(lengths, device=x.device)[:, None]
+            real = torch.arange(n, device=device)[None] < torch.as_tensor(lengths, device=device)[:, None]
             key_bias = torch.where(real, 0.0, -math.inf)[:, None, None, :]
+        return self._rows([ids_BL], key_bias)[0]
+
+    def together(self, texts: Sequence[Tensor], between: Callable[[], None] = lambda: None) -> list[Tensor]:
+        """Texts of ids [1, L] to the very rows that `forward` gives for each, reading every weight once.
+
+        between: called before every layer; what it raises ends the work.
+        """
+        return self._rows(texts, None, between)
+
+    def _rows(
+        self, texts: Sequence[Tensor], key_bias: Tensor | None, between: Callable[[], None] = lambda: None
+    ) -> list[Tensor]:
+        c = self.config
+        xs = [self.token_embd(ids).float() for ids in texts]
+        buckets = [relative_buckets(x.shape[1], c.n_buckets, c.max_distance).to(x.device) for x in xs]
         for layer in self.enc.blk:
-            x = layer(x, buckets, key_bias)
-        return self.enc.output_norm(x)
+            between()
+            biases = [layer.attn_rel_b(b) for b in buckets]
+            xs = layer(xs, biases if key_bias is None else [bias + key_bias for bias in biases])
+        return [self.enc.output_norm(x) for x in xs]

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mutoscope.engine import umt5, vae, wan
 from mutoscope.engine.gguf import GGMLType, GGUFFile, TensorInfo
@@ -165,6 +166,26 @@ def _read_pytorch(path: Path) -> tuple[Mapping[str, Any], list[Stored]]:
 _Names = Callable[[Iterable[str]], dict[str, str]]
 
 
+class _LaidOut(TorchFunctionMode):
+    """Models made inside have no memory, and no numbers are drawn for them (drawing imports half of torch)."""
+
+    def __enter__(self) -> _LaidOut:
+        self._meta = torch.device("meta")
+        self._meta.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._meta.__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 class _Supply:
     """The tensors of one model under our names; keeps account of what was taken."""
 
@@ -298,7 +319,7 @@ def load_wan(
             )
     config = wan.WanConfig.from_tensors(supply.shapes, supply.metadata)
     supply.arch = "wan_vace" if config.vace_layers else "wan_t2v"
-    with torch.device("meta"):
+    with _LaidOut():
         model = wan.WanModel(config)
     found = read_sidecar(Path(paths[0])) if sidecar else None
     choose = chooser(compute_dtype or precision, device, found["bf16"] if found else ())
@@ -318,7 +339,7 @@ def load_umt5(
     source = open_weights(path)
     supply = _Supply("umt5", [source], umt5.our_names)
     config = umt5.UMT5Config.from_tensors(supply.shapes, supply.metadata)
-    with torch.device("meta"):
+    with _LaidOut():
         model = umt5.UMT5Encoder(config)
     precision = Unpacked(compute_dtype or default_compute_dtype(device), drop=True)  # used once per prompt
     _fill(model, supply, device, lambda path, weight: precision)
@@ -341,7 +362,7 @@ def load_vae(
     if "decoder.upsamples.0.upsamples.0.residual.0.gamma" in supply.tensors:
         raise WeightError(f"{supply.files} is a Wan 2.2 VAE, expected one of Wan 2.1")
     config = vae.VAEConfig.from_tensors(supply.shapes, supply.metadata)
-    with torch.device("meta"):
+    with _LaidOut():
         model = vae.WanVAE(config)
     supply.require(name for name, _ in model.named_parameters())
     resampling = {id(m.time_conv) for m in model.modules() if isinstance(m, vae.Downsample | vae.Upsample)}
@@ -352,10 +373,10 @@ def load_vae(
             stored = supply.tensors[full].shape
             if trimmable and len(stored) == 5 and stored[2] == 1:
                 shape = (*shape[:2], 1, *shape[3:])
-            values = supply.take(full, shape).values(torch.float32)
+            kept = torch.float32 if isinstance(module, vae.RMSNorm) else dtype
+            values = supply.take(full, shape).values(kept)
             if trimmable and values.ndim == 5 and not values[:, :, :-1].any():
                 values = values[:, :, -1:].contiguous()
-            values = values if isinstance(module, vae.RMSNorm) else values.to(dtype)
             if values.ndim == 5 and device.type == "cpu":  # activations follow; a tenth faster
                 values = values.contiguous(memory_format=torch.channels_last_3d)
             setattr(module, name, _parameter(values, device))

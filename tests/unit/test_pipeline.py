@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,11 @@ from mutoscope import Engine
 from mutoscope.engine import latents, memory, pipeline
 from mutoscope.engine.linear import QuantLinear
 from mutoscope.engine.pipeline import Models, build_request, decode, generate, write
+from mutoscope.engine.text_cache import TextCache, name_of
+from mutoscope.engine.umt5 import Layer, UMT5Encoder
 from mutoscope.engine.vae import WanVAE
 from mutoscope.engine.wan import WanModel
-from mutoscope.errors import MediaError, RequestError, ResourceError
+from mutoscope.errors import MediaError, RequestError, ResourceError, WeightError
 from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
 from mutoscope.manifest import read_manifest
 from mutoscope.media.read import probe, read_clip, read_image
@@ -204,14 +209,7 @@ def test_strength_zero_is_the_prompt_alone(
 
 
 def test_text_is_encoded_once(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, tokenizer = models.text
-    calls = []
-
-    def counted(ids: torch.Tensor) -> torch.Tensor:
-        calls.append(ids)
-        return encoder(ids)
-
-    models.text = (counted, tokenizer)  # type: ignore[misc, assignment]
+    calls = encoded(monkeypatch)
     for seed in (1, 2):
         list(generate(models, replace(REQUEST, seed=seed)))
     assert len(calls) == 2, "the prompt and the negative prompt"
@@ -220,8 +218,139 @@ def test_text_is_encoded_once(models: Models, monkeypatch: pytest.MonkeyPatch) -
     list(generate(models, replace(REQUEST, prompt="a blue square")))
     assert len(calls) == 3
     for n in range(20):
-        models.text_rows(f"prompt {n}")
+        models.text_rows([f"prompt {n}"])
     assert len(models._rows) == 8, "not without bound"
+
+
+def test_prompts_encoded_together_are_as_encoded_alone(models: Models) -> None:
+    encoder, tokenizer = models.text
+    ids = [torch.tensor([tokenizer.encode(text)]) for text in ("a red ball falls", "", "a blue star " * 20)]
+    with torch.inference_mode():
+        alone = [encoder(i) for i in ids]
+        assert all(map(torch.equal, encoder.together(ids), alone))
+        assert all(map(torch.equal, encoder.together(ids[::-1]), alone[::-1]))
+
+
+@pytest.fixture
+def cached(models: Models, tmp_path: Path) -> Callable[[], Models]:
+    """Models with a negative prompt of their own and a text cache, as a new process would have them."""
+    defaults = replace(models.manifest.defaults, negative_prompt="blurred  pictures")
+
+    def again() -> Models:
+        copy = Models(replace(models.manifest, defaults=defaults), text_cache=TextCache(tmp_path / "cache"))
+        copy.text, copy.dit, copy.vae = models.text, models.dit, models.vae  # type: ignore[misc]
+        return copy
+
+    return again
+
+
+def test_the_models_own_negative_prompt_is_kept_on_disk(
+    cached: Callable[[], Models], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = encoded(monkeypatch)
+    first = frames_of(generate(cached(), REQUEST))
+    assert len(calls) == 2
+    (file,) = (tmp_path / "cache").iterdir()
+    calls.clear()
+    assert np.array_equal(frames_of(generate(cached(), REQUEST)), first), "the same bytes"
+    assert len(calls) == 1, "the prompt, which a user wrote, is not kept"
+    for damage in (b"", file.read_bytes()[:-1], b"x" * 200):
+        file.write_bytes(damage)
+        calls.clear()
+        assert np.array_equal(frames_of(generate(cached(), REQUEST)), first)
+        assert len(calls) == 2
+    calls.clear()
+    list(generate(cached(), replace(REQUEST, negative_prompt="grey")))
+    assert len(calls) == 2
+    assert list((tmp_path / "cache").iterdir()) == [file], "nor another negative prompt"
+
+
+def test_rows_on_disk_are_those_of_one_file_and_one_way(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.gguf"
+    path.write_bytes(b"1")
+    names = {
+        name_of(path, "a", dtype="bf16"),
+        name_of(path, "b", dtype="bf16"),
+        name_of(path, "a", dtype="f32"),
+    }
+    assert name_of(path, "a", dtype="bf16") in names
+    os.utime(path, (1, 1))
+    names.add(name_of(path, "a", dtype="bf16"))
+    assert len(names) == 4
+
+
+def test_the_text_cache_is_bounded(tmp_path: Path) -> None:
+    cache = TextCache(tmp_path, max_bytes=3000)
+    rows = torch.ones(1, 10, 16)
+    for n, name in enumerate("abcde"):
+        cache.write(name, rows * n)
+        os.utime(tmp_path / f"{name}.npy", (n + 1, n + 1))
+        assert cache.read("a") is not None, "used every time, so never the oldest"
+    assert sorted(p.stem for p in tmp_path.iterdir()) == ["a", "d", "e"]
+    assert cache.read("b") is None
+    unwritable = TextCache(tmp_path / "a.npy" / "folder")
+    unwritable.write("a", rows)
+    assert unwritable.read("a") is None
+
+
+def test_text_is_encoded_while_models_are_opened(shared: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = encoded(monkeypatch)
+    names = []
+    forward = UMT5Encoder.together
+    monkeypatch.setattr(
+        UMT5Encoder, "together", lambda *a: names.append(threading.current_thread().name) or forward(*a)
+    )
+    stages = [e.name for e in generate(Models(shared.manifest), REQUEST) if isinstance(e, Stage)]
+    assert stages[:2] == ["load", "text"]
+    assert len(calls) == 2
+    assert names[0] != threading.main_thread().name
+    assert len(names) == 1
+
+
+def test_what_stops_the_opening_stops_the_encoder(shared: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder waits in its first layer until the opening fails; then it stops before one of the next."""
+    opened, layers = threading.Event(), []
+    forward, load = Layer.forward, pipeline.weights.load_umt5
+
+    def waiting(self: Layer, *args: Any) -> Any:
+        layers.append(self)
+        assert opened.wait(30)
+        return forward(self, *args)
+
+    def of_four_layers(*args: Any, **options: Any) -> Any:
+        encoder, metadata = load(*args, **options)
+        encoder.enc.blk = torch.nn.ModuleList([encoder.enc.blk[0]] * 4)
+        return encoder, metadata
+
+    def damaged(*args: Any, **options: Any) -> None:
+        raise WeightError("damaged")
+
+    class Failed(threading.Event):
+        def set(self) -> None:
+            super().set()
+            opened.set()
+
+    monkeypatch.setattr(Layer, "forward", waiting)
+    monkeypatch.setattr(pipeline.weights, "load_umt5", of_four_layers)
+    monkeypatch.setattr(pipeline.weights, "load_wan", damaged)
+    monkeypatch.setattr(pipeline, "threading", SimpleNamespace(Event=Failed))
+    with pytest.raises(WeightError, match="damaged"):
+        list(generate(Models(shared.manifest), REQUEST))
+    assert len(layers) <= 1
+    assert threading.active_count() == 1
+
+
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The ids of every text that the encoder is given, as it is given them."""
+    calls: list[torch.Tensor] = []
+    together = UMT5Encoder.together
+
+    def counted(self: UMT5Encoder, ids: list[torch.Tensor], *rest: Any) -> list[torch.Tensor]:
+        calls.extend(ids)
+        return together(self, ids, *rest)
+
+    monkeypatch.setattr(UMT5Encoder, "together", counted)
+    return calls
 
 
 # -- before work ---------------------------------------------------------------------------------------------
