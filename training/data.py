@@ -135,7 +135,7 @@ def _task_inputs(folder: Path) -> tuple:
     if not (folder / "unnamed.json").exists():
         return ()
     unnamed = json.loads((folder / "unnamed.json").read_text())
-    return np.load(folder / "boxes.npy"), np.load(folder / "portraits.npy"), unnamed
+    return np.load(folder / "boxes.npy"), np.load(folder / "portraits.npy", mmap_mode="r"), unnamed
 
 
 def main() -> None:

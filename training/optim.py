@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -22,6 +23,17 @@ def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(update.dtype)
+
+
+def _orthogonalise_together(updates: Tensor) -> Tensor:
+    """`orthogonalise` with the matrices [N, rows, cols] shared out over the processes, whose updates are equal."""
+    if not dist.is_initialized() or len(updates) == 1:
+        return orthogonalise(updates)
+    parts = list(updates.bfloat16().tensor_split(dist.get_world_size()))
+    parts[dist.get_rank()] = orthogonalise(parts[dist.get_rank()])
+    for rank, part in enumerate(parts):
+        dist.broadcast(part, src=rank)
+    return torch.cat(parts).to(updates.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -45,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(buffer, group["momentum"]).reshape(rows, cols))
-                stacked = orthogonalise(torch.stack(updates))
+                stacked = _orthogonalise_together(torch.stack(updates))
                 size = group["lr"] * max(1.0, rows / cols) ** 0.5
                 for p, update in zip(params, stacked, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-size)

@@ -38,9 +38,9 @@ class LinearCode:
 
     def encode(self, video_BCFHW: Tensor) -> Tensor:
         """Frames [B, 3, 1 + 4n, H, W] in [-1, 1] to latents [B, 16, 1 + n, H/8, W/8]."""
-        z = [(_blocks(video_BCFHW[:, :, :1], 1) - self.first_mean) @ self.first]
+        z = [_blocks(video_BCFHW[:, :, :1], 1) @ self.first - self.first_mean @ self.first]
         if video_BCFHW.shape[2] > 1:
-            z.append((_blocks(video_BCFHW[:, :, 1:], 4) - self.later_mean) @ self.later)
+            z.append(_blocks(video_BCFHW[:, :, 1:], 4) @ self.later - self.later_mean @ self.later)
         return torch.cat(z, dim=1).permute(0, 4, 1, 2, 3)
 
     def save(self, path: Path) -> None:

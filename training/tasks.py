@@ -28,10 +28,14 @@ NAMES, WEIGHTS = tuple(SHARES), np.array(list(SHARES.values()))
 
 @dataclass(frozen=True)
 class Shown:
-    """What the model is shown: frames [F,H,W,3] in 0..255 (float32), mask [F,H,W], 1 = generate."""
+    """What the model is shown: frames [F,H,W,3] in 0..255 (float32), mask [F,H,W], 1 = generate.
+
+    `guides`: something is shown where it is to be generated; otherwise all is gray there.
+    """
 
     frames: NDArray[np.float32]
     mask: NDArray[np.float32]
+    guides: bool = False
 
 
 def random_task(
@@ -54,10 +58,10 @@ def task(
         return Shown(np.full(clip.shape, GRAY, np.float32), mask)
     if name == "track":
         assert boxes is not None
-        return Shown(_outlines_of_boxes(clip.shape, boxes), mask)
+        return Shown(_outlines_of_boxes(clip.shape, boxes), mask, guides=True)
     if name in ("gray", "outline"):
         gray = to_gray(clip).astype(np.float32)
-        return Shown(gray if name == "gray" else _edges(gray), mask)
+        return Shown(gray if name == "gray" else _edges(gray), mask, guides=True)
     if name == "first":
         mask[0] = 0
     elif name == "last":

@@ -4,7 +4,10 @@
     python -m training.train_dit clips  --minutes 30      whole clips, text only
     python -m training.train_dit vace   --minutes 30      clips with VACE conditioning mixed in
 
-Continues from `runs/dit.pt` with a fresh optimiser; the file is rewritten every half minute.
+    torchrun --nproc-per-node 2 -m training.train_dit vace --compile     gradients averaged over two processes
+
+Continues from `runs/dit.pt` with a fresh optimiser; the file is rewritten every half minute. On a CPU two processes of
+one thread each are faster than one of two threads; each has its own clips, and batches of `--batch` of them.
 
 Latents are those of the linear code (`pca.py`), which the VAE's encoder is trained to reproduce.
 """
@@ -12,11 +15,13 @@ Latents are those of the linear code (`pca.py`), which the VAE's encoder is trai
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -79,7 +84,10 @@ class Examples:
     def __init__(self, root: Path, kind: str, code: pca.LinearCode, tokenizer: Tokenizer, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.code = code
+        self._nothing: dict[tuple[int, ...], Tensor] = {}
         self.shards = data.shards(root, kind)
+        if dist.is_initialized():  # each process has its own share of the clips
+            self.shards = self.shards[dist.get_rank() :: dist.get_world_size()] or self.shards
         latents, ids, classes, masks = [], [], [], []
         self.has_task_inputs = all(shard.unnamed is not None for shard in self.shards)
         for shard in self.shards:
@@ -117,18 +125,33 @@ class Examples:
 
     def vace_context(self, batch: dict[str, Tensor]) -> Tensor:
         """A random VACE task for each clip: what is kept, what is to be made, and the mask, [B, 96, F', H/8, W/8]."""
-        frames, masks = [], []
+        shown = []
         for i in batch["index"].tolist():
             shard, row = self.shards[i // data.SHARD], i % data.SHARD
             boxes = None if shard.boxes is None else shard.boxes[row]
-            shown = tasks.random_task(self.rng, shard.frames[row], boxes)
-            frames.append(shown.frames)
-            masks.append(shown.mask)
-        video, mask = _video(np.stack(frames)), torch.from_numpy(np.stack(masks))[:, None]
-        kept, made = self.code.encode(video * (1 - mask)), self.code.encode(video * mask)
+            shown.append(tasks.random_task(self.rng, shard.frames[row], boxes))
+        n, shape = len(shown), shown[0].frames.shape
+        mask = torch.from_numpy(np.stack([s.mask for s in shown]))[:, None]
+        kept = self.nothing((shape[0], *shape[1:3])).repeat(n, 1, 1, 1, 1)
+        made = kept.clone()
+        # Most clips show nothing of one of the two, whose code is always the same.
+        keeps = [i for i, s in enumerate(shown) if not s.mask.all()]
+        makes = [i for i, s in enumerate(shown) if s.guides]
+        if keeps:
+            kept[keeps] = self.code.encode(
+                _video(np.stack([shown[i].frames for i in keeps])) * (1 - mask[keeps])
+            )
+        if makes:
+            made[makes] = self.code.encode(_video(np.stack([shown[i].frames for i in makes])) * mask[makes])
         cells = mask[:, 0].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
         cells = F.interpolate(cells, size=kept.shape[2:], mode="nearest-exact")
         return torch.cat((kept, made, cells), dim=1)
+
+    def nothing(self, shape: tuple[int, ...]) -> Tensor:
+        """The code of a gray clip [F, H, W], [1, 16, F', H/8, W/8]."""
+        if shape not in self._nothing:
+            self._nothing[shape] = self.code.encode(torch.zeros(1, 3, *shape))
+        return self._nothing[shape]
 
     def add_reference(self, batch: dict[str, Tensor]) -> Tensor:
         """Text to video with a reference: its latent goes in front of the clip and of the (empty) context, returned."""
@@ -139,7 +162,7 @@ class Examples:
             pictures.append(portraits[i % data.SHARD])
         reference = self.code.encode(_video(np.stack(pictures)[:, None]))
         x = batch["x"]
-        nothing = self.code.encode(torch.zeros(1, 3, 1 + 4 * (x.shape[2] - 1), *(8 * s for s in x.shape[3:])))
+        nothing = self.nothing((1 + 4 * (x.shape[2] - 1), *(8 * s for s in x.shape[3:])))
         b, _, f, h, w = x.shape
         empty = torch.cat((nothing, nothing, torch.ones(1, 64, f, h, w)), dim=1).expand(b, -1, -1, -1, -1)
         front = F.pad(reference, (0, 0, 0, 0, 0, 0, 0, empty.shape[1] - reference.shape[1]))
@@ -200,14 +223,35 @@ def tokenizer_metadata(runs: Path, root: Path) -> dict:
     return torch.load(path, weights_only=False)
 
 
+def average_gradients(model: nn.Module) -> None:
+    """The same mean gradients in every process; one message, in half precision as the products are."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients]).bfloat16()
+    dist.all_reduce(flat)
+    parts = flat.float().div_(dist.get_world_size()).split([g.numel() for g in gradients])
+    for g, part in zip(gradients, parts, strict=True):
+        g.copy_(part.view_as(g))
+
+
+def same_everywhere(value: float) -> float:
+    """The first process's number."""
+    if not dist.is_initialized():
+        return value
+    number = torch.tensor([value], dtype=torch.float64)
+    dist.broadcast(number, src=0)
+    return float(number)
+
+
 def train(stage: str, a: argparse.Namespace) -> None:
-    torch.manual_seed(a.seed + int(time.time()))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    seed = a.seed + int(time.time()) + 1000 * rank
+    torch.manual_seed(seed)
     runs = a.out.parent
     tokenizer = Tokenizer.from_metadata(tokenizer_metadata(runs, a.data))
     code = pca.LinearCode.load(runs / "code.pt")
-    examples = Examples(a.data, "images" if stage == "images" else "clips", code, tokenizer, int(time.time()))
-    pictures = Examples(a.data, "images", code, tokenizer, int(time.time()) + 1) if a.pictures else None
-    others = [Examples(root, "clips", code, tokenizer, int(time.time()) + 2) for root in a.also]
+    examples = Examples(a.data, "images" if stage == "images" else "clips", code, tokenizer, seed)
+    pictures = Examples(a.data, "images", code, tokenizer, seed + 1) if a.pictures else None
+    others = [Examples(root, "clips", code, tokenizer, seed + 2) for root in a.also]
     device = torch.device(a.device)
     model = Starter()
     if a.out.exists():
@@ -215,6 +259,9 @@ def train(stage: str, a: argparse.Namespace) -> None:
         model.load_state_dict(saved["weights"])
         if stage == "vace" and not saved["vace"]:
             model.start_vace()
+    if dist.is_initialized():
+        for weight in model.state_dict().values():
+            dist.broadcast(weight, src=0)
     model.to(device)
     muon, adam = optim.split(
         [model],
@@ -233,14 +280,15 @@ def train(stage: str, a: argparse.Namespace) -> None:
             layer.compile(dynamic=False)
     start = last = time.time()
     step, seen, running = 0, 0, {}
-    while (progress := (time.time() - start) / (60 * a.minutes)) < 1:
+    while (progress := same_everywhere((time.time() - start) / (60 * a.minutes))) < 1:
         for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * optim.decayed(progress, decay=a.decay)
         source, n, refer = examples, a.batch, False
         if pictures is not None and step % 6 in ((3,) if stage == "vace" else (3, 5)):
             source, n = pictures, 4 * a.batch
         elif others and step % 6 == 2:
-            source, n = others[(step // 6) % len(others)], a.batch // 2
+            source = others[(step // 6) % len(others)]
+            n = max(1, a.batch * examples.latents[0].numel() // source.latents[0].numel())  # as much work
         elif stage == "vace" and step % 12 == 7:
             refer = examples.has_task_inputs
         batch = source.next(n, unnamed=0.6 if refer else 0.0)
@@ -257,19 +305,22 @@ def train(stage: str, a: argparse.Namespace) -> None:
         for o in optimisers:
             o.zero_grad(set_to_none=True)
         loss.backward()
+        if dist.is_initialized():
+            average_gradients(model)
         nn.utils.clip_grad_norm_(adam, 1.0)
         for o in optimisers:
             o.step()
         ema.update(model)
-        step, seen = step + 1, seen + len(batch["x"])
+        step, seen = step + 1, seen + len(batch["x"]) * a.processes
         if source is examples:
             running = {k: 0.97 * running.get(k, v) + 0.03 * v for k, v in report.items()}
-        if time.time() - last > (30 if step > 50 else 5):
+        if rank == 0 and time.time() - last > (30 if step > 50 else 5):
             last = time.time()
             _save(ema, stage, a.out)
             text = " ".join(f"{k} {v:.4f}" for k, v in running.items())
             print(f"{stage} {(last - start) / 60:.1f} min step {step} seen {seen} {text}", flush=True)
-    _save(ema, stage, a.out)
+    if rank == 0:
+        _save(ema, stage, a.out)
 
 
 def _save(ema: optim.EMA, stage: str, out: Path) -> None:
@@ -305,7 +356,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile, worth it for long runs")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
+    a.processes = int(os.environ.get("WORLD_SIZE", 1))
+    if a.processes > 1:
+        dist.init_process_group("gloo")
     train(a.stage, a)
+    if a.processes > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""The trainer's own mathematics: processes that train together, and what VACE tasks show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+
+from training import data, optim, pca, tasks, train_dit
+
+PROCESSES = 2
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+def _examples() -> Tensor:
+    return torch.randn(PROCESSES, 5, 6, generator=torch.Generator().manual_seed(1))
+
+
+def _gradients(model: nn.Sequential, examples: list[Tensor]) -> list[Tensor]:
+    torch.stack([model(x).square().mean() for x in examples]).mean().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def _muon_step(model: nn.Sequential) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.1).step()
+
+
+def _process(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
+    model = _model()
+    gradients = _gradients(model, [_examples()[rank]])
+    train_dit.average_gradients(model)
+    averaged = [g.clone() for g in gradients]
+    _muon_step(model)
+    number = train_dit.same_everywhere(float(rank + 3))
+    torch.save(
+        {"gradients": averaged, "weights": list(model.parameters()), "number": number}, f"{folder}/{rank}.pt"
+    )
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one_with_both_batches(tmp_path: Path) -> None:
+    """Gradients are the mean's, as closely as bfloat16 carries them; shared-out Muon steps are those of one process."""
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=PROCESSES)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES))
+    assert first["number"] == second["number"] == 3.0
+    for a, b, alone in zip(
+        first["gradients"], second["gradients"], _gradients(_model(), list(_examples())), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert (a - alone).norm() < 0.01 * alone.norm()
+    stepped = _model()
+    _muon_step(stepped)
+    for a, b, alone in zip(first["weights"], second["weights"], stepped.parameters(), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, alone, atol=2e-3, rtol=0)  # a step is .1, orthogonalised in bfloat16
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> train_dit.Examples:
+    root = tmp_path_factory.mktemp("clips")
+    data.make_shard(root / "clips" / "0000", 1, level="full", n=6, frames=9, size=(32, 32))
+    code = pca.fit(np.array(data.shards(root, "clips")[0].frames))
+
+    class Letters:
+        def encode(self, text: str) -> list[int]:
+            return [2 + ord(c) % 50 for c in text]
+
+    return train_dit.Examples(root, "clips", code, Letters(), seed=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", tasks.NAMES)
+def test_vace_context_is_the_code_of_what_is_kept_and_what_is_made(
+    examples: train_dit.Examples, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clips that show nothing are not encoded one by one; the numbers are those of the definition all the same."""
+    shard = examples.shards[0]
+    assert shard.boxes is not None
+    shown = [tasks.task(name, np.random.default_rng(i), shard.frames[i], shard.boxes[i]) for i in range(3)]
+    given = iter(shown)
+    monkeypatch.setattr(tasks, "random_task", lambda *_: next(given))
+    context = examples.vace_context({"index": torch.arange(3)})
+    video = torch.from_numpy(np.stack([s.frames for s in shown])).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    mask = torch.from_numpy(np.stack([s.mask for s in shown]))[:, None]
+    assert context.shape == (3, 96, 3, 4, 4)
+    for part, wanted in ((context[:, :16], video * (1 - mask)), (context[:, 16:32], video * mask)):
+        torch.testing.assert_close(part, examples.code.encode(wanted), atol=2e-5, rtol=2e-5)
