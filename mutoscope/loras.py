@@ -121,7 +121,7 @@ def _info(name: str, path: Path) -> LoraInfo:
     try:
         rank, layers, title, trigger = _facts(identity(path))
     except FileError as error:
-        return LoraInfo(**vars(known) | {"problem": str(error)})
+        return LoraInfo(**vars(known) | {"problem": str(error).replace(f"{path.parent}/", "")})
     return LoraInfo(**vars(known) | {"rank": rank, "layers": layers, "title": title, "trigger": trigger})
 
 

@@ -48,6 +48,10 @@ class Settings(BaseModel):
         None, description="Installed models; empty: where `mutoscope pull` puts them."
     )
 
+    loras_dir: Path | None = Field(
+        None, description="LoRA files that requests may name; empty: the folder `loras` in $MUTOSCOPE_HOME."
+    )
+
     # who runs
     devices: tuple[str, ...] = Field(
         (), description='One worker each, e.g. "cpu", "cuda:0"; empty: all GPUs, or cpu.'

@@ -44,9 +44,10 @@ from mutoscope.errors import (
     ResourceError,
 )
 from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
-from mutoscope.jobs import eta, fetch, queue, translate, workers
+from mutoscope.jobs import eta, fetch, queue, switches, translate, workers
 from mutoscope.jobs.checkpoints import VARIABLE, checkpoint
 from mutoscope.jobs.database import Database, Tx
+from mutoscope.jobs.errors import InvalidRequest
 from mutoscope.jobs.model import Failure, Job, Output, State
 from mutoscope.jobs.registry import WITHOUT_MODEL, Registry
 from mutoscope.jobs.resolve import SHORT_SIDE
@@ -56,7 +57,6 @@ from mutoscope.media.deliver import Delivered, Delivery
 from mutoscope.media.frames import thumbnail
 from mutoscope.media.operations import Planned, frames_of, plan_operation
 from mutoscope.planning import describe, plan
-from mutoscope.request import GenerationRequest
 from mutoscope.runner import Runner, find_runner
 from mutoscope.settings import Settings
 
@@ -86,6 +86,10 @@ class _Stop(Exception):
 
 class _Unusable(Exception):
     """The model cannot be loaded; the cause says why."""
+
+
+class _Untaken(_Unusable):
+    """The model cannot take the request's LoRAs, or what it asks for; the cause says why."""
 
 
 class _Unwritten(Exception):
@@ -138,7 +142,7 @@ class Worker:
     ) -> None:
         self.db, self.settings, self.runner, self.device = db, settings, runner, device
         self.id = worker_id or f"worker-{uuid.uuid4()}"
-        self.registry = Registry(settings.models_dir, settings.aliases)
+        self.registry = Registry(settings.models_dir, settings.aliases, settings.loras_dir)
         self.model, self.switches = "", 0
         self._lease: _Lease | None = None
         self._draining = threading.Event()
@@ -251,11 +255,15 @@ class Worker:
         if spec.operation in WITHOUT_MODEL:
             made, facts = self._operate(lease, spec, files, folder), {"seed": job.resolved.seed}
         else:
-            made, request = self._generate(lease, spec, files, folder)
+            made, info = self._generate(lease, spec, files, folder)
+            request = info["request"]
             facts = {
-                "model": job.model, "seed": request.seed, "steps": request.steps,
-                "generated_width": request.width, "generated_height": request.height,
+                "model": job.model, "seed": info["seed"], "steps": request["steps"],
+                "generated_width": request["width"], "generated_height": request["height"],
             }  # fmt: skip
+            if "loras" in request:
+                facts["loras"] = [{"name": name, "strength": strength, "sha256": info["lora_sha256"][name]}
+                                  for name, strength in request["loras"]]  # fmt: skip
         where = f"outputs/{job.id}/{job.fence}"
         outputs = [
             Output(role=f.role, path=f"{where}/{f.name}", mime=f.mime, size_bytes=(folder / f.name).stat().st_size,
@@ -271,10 +279,17 @@ class Worker:
 
     def _generate(
         self, lease: _Lease, spec: JobSpec, files: translate.Files, folder: Path
-    ) -> tuple[list[Delivered], GenerationRequest]:
+    ) -> tuple[list[Delivered], dict[str, Any]]:
+        """The files, and what is embedded in them: see `planning.describe`."""
         job, r = lease.job, lease.job.resolved
-        manifest = self.registry.get(job.model).manifest
-        request = plan(translate.generation_request(spec, r, files), manifest)
+        model = self.registry.get(job.model)
+        try:
+            loras = switches.taken(spec, model)
+        except InvalidRequest as e:  # since it was asked for, a file has changed or gone
+            raise _Untaken(job.model) from e
+        request = plan(translate.generation_request(spec, r, files, loras), model.manifest)
+        info = _without_paths(describe(request, model.manifest), self._scratch(job))
+        info = switches.named(info, switches.names(spec, loras))
         if self.model != job.model:
             lease.at("load", 0.01)
             began = time.monotonic()
@@ -285,10 +300,10 @@ class Worker:
         delivery = Delivery(
             folder, format=spec.format or ("png" if spec.operation == "image" else "mp4"), hdr=spec.hdr,
             width=r.out_width, height=r.out_height, fps=request.fps or r.fps, frames=request.frames or 1,
-            info=_without_paths(describe(request, manifest), self._scratch(job)),
+            info=info,
         )  # fmt: skip
         with closing(self.runner.run(request)) as events:  # type: ignore[type-var]
-            return self._deliver(lease, events, delivery), request
+            return self._deliver(lease, events, delivery), info
 
     def _operate(self, lease: _Lease, spec: JobSpec, files: translate.Files, folder: Path) -> list[Delivered]:
         """Enlarge, change the frame rate, or expand to HDR: no model is needed."""
@@ -395,8 +410,9 @@ class Worker:
 
     def _failed(self, lease: _Lease, error: Exception) -> None:
         job = lease.job
-        if isinstance(error, _Unusable) and job.candidates:
-            why = f"model {job.model} cannot be loaded: {error.__cause__}"
+        wrong_model = isinstance(error, _Unusable | FileError) and not isinstance(error, MediaError)
+        if wrong_model and job.candidates:
+            why = failure_of(error, job.model)[1]
             log.warning("job %s: %s", job.id, why, extra={"job": job.id})
             self._end(lease, lambda tx: queue.reroute(tx, job.id, job.fence, why))
             return
@@ -532,6 +548,8 @@ class _writing:
 
 def failure_of(error: BaseException, model: str) -> tuple[Failure, str]:
     """The code of a failure, and its message for people: never a path of this machine for what nobody foresaw."""
+    if isinstance(error, _Untaken):
+        return Failure.MODEL_UNAVAILABLE, f"Model {model} cannot take this any more: {error.__cause__}"
     if isinstance(error, _Unusable):
         return Failure.MODEL_UNAVAILABLE, f"Model {model} cannot be loaded: {error.__cause__}"
     if isinstance(error, _Unwritten):

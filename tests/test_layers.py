@@ -48,7 +48,18 @@ MAY_IMPORT = {
         "request",
         "settings",
     },
-    "server": {"direction", "errors", "jobs", "logs", "manifest", "media", "prompts", "request", "settings"},
+    "server": {
+        "digests",
+        "direction",
+        "errors",
+        "jobs",
+        "logs",
+        "manifest",
+        "media",
+        "prompts",
+        "request",
+        "settings",
+    },
     "fleet": {"errors", "jobs", "settings"},
 }
 """Parts of the package, and which others each may import; parts that are not listed (the edges) may import all."""

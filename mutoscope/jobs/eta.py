@@ -2,7 +2,8 @@
 
 For a (model, device, shape): the median of the last SAMPLES runs, in which each counts FADE of the one after it, since
 machines become faster and slower. A shape that was never made is scaled by its work, tokens x steps x passes, from
-those of the model that were; a model that was never run, by a first guess. Kept in the database, so a restart forgets
+those of the model that were, with the same step cache and LoRAs or not if there are such, else from all, which for a
+cache means too long; a model that was never run, by a first guess. Kept in the database, so a restart forgets
 nothing.
 """
 
@@ -67,7 +68,9 @@ def estimate(tx: Tx, model: str, device: str | None, resolved: Resolved) -> Esti
     if known:
         totals = [row.step_s * resolved.steps + row.rest_s for row in known]
         return _spread(totals, len(known), 1.0)
-    like = _samples(tx, model, device, None)
+    switched = timings.c.shape.like(f"%/%/{resolved.switches}") if resolved.switches else None
+    alike = switched if switched is not None else timings.c.shape.not_like("%/%/%")
+    like = _samples(tx, model, device, None, alike) or _samples(tx, model, device, None)
     if like:
         work = work_of(resolved)
         totals = [
@@ -129,9 +132,11 @@ def prune(tx: Tx) -> int:
     return tx.run(sa.delete(timings).where(timings.c.id.in_(sa.select(old.c.id).where(old.c.rank > KEPT))))
 
 
-def _samples(tx: Tx, model: str, device: str | None, shape: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
+def _samples(
+    tx: Tx, model: str, device: str | None, shape: str | None, *alike: sa.ColumnElement[bool]
+) -> Sequence[Row[*tuple[Any, ...]]]:
     query = sa.select(timings.c.shape, timings.c.work, timings.c.step_s, timings.c.rest_s)
-    query = query.where(timings.c.model == model)
+    query = query.where(timings.c.model == model, *alike)
     if device is not None:
         query = query.where(timings.c.device == device)
     if shape is not None:

@@ -100,17 +100,19 @@ class Resolved:
     frames: int
     fps: float
     steps: int
-    passes: int  # 2 with classifier-free guidance, else 1
+    passes: float  # through the model for each step: 2 with classifier-free guidance, else 1; between with an interval
     out_width: int
     out_height: int
     seed: int
     tier: str  # price tier: "draft", "540p", "720p", "1080p", "4k"
     seconds: float  # length of the video; 0 for a picture
+    switches: str = ""  # what else changes the time of a step: a step cache, LoRAs
 
     @property
     def shape(self) -> str:
         """What has to be equal for two jobs to take the same time and memory on one device."""
-        return f"{self.width}x{self.height}x{self.frames}/{self.steps}x{self.passes}"
+        size = f"{self.width}x{self.height}x{self.frames}"
+        return f"{size}/{self.steps}x{self.passes:g}" + (f"/{self.switches}" if self.switches else "")
 
 
 @dataclass(frozen=True, kw_only=True)

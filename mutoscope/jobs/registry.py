@@ -7,13 +7,15 @@ import time
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mutoscope.catalog import POCKET, default_models_dir, find_model, installed_models
+from mutoscope.catalog import POCKET, default_loras_dir, default_models_dir, find_model, installed_models
 from mutoscope.errors import FileError
 from mutoscope.jobs.errors import InvalidRequest
 from mutoscope.jobs.spec import JobSpec
+from mutoscope.loras import LoraInfo, Shelf, check_lora
 from mutoscope.manifest import TASKS, ModelManifest, suggest
 
 AUTO = "auto"
@@ -25,9 +27,10 @@ WITHOUT_MODEL = ("upscale", "reframe_rate", "hdr")
 
 @dataclass(frozen=True)
 class Model:
-    """One model set."""
+    """One model set, and the LoRAs that can be named beside its own."""
 
     manifest: ModelManifest
+    shelf: Shelf = field(default_factory=Shelf, compare=False)
 
     @property
     def name(self) -> str:
@@ -47,6 +50,16 @@ class Model:
     def most_frames(self) -> int:
         """The longest video that it was made for."""
         return max(self.manifest.defaults.frames, self.manifest.limits.max_frames)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfferedLora:
+    """A LoRA that can be asked for: of the shelf, or a model's own (`settings`: what it changes of the defaults)."""
+
+    info: LoraInfo
+    models: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
 
 
 def tasks_of(spec: JobSpec) -> tuple[str, ...]:
@@ -70,8 +83,14 @@ def tasks_of(spec: JobSpec) -> tuple[str, ...]:
 class Registry:
     """Reads the models folder when asked, at most every FRESH_S. `aliases`: on top of the shipped table."""
 
-    def __init__(self, models_dir: Path | None = None, aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        models_dir: Path | None = None,
+        aliases: Mapping[str, str] | None = None,
+        loras_dir: Path | None = None,
+    ) -> None:
         self.models_dir = models_dir or default_models_dir()
+        self.shelf = Shelf(loras_dir or default_loras_dir())
         self._shipped: dict[str, str] = tomllib.loads(
             (Path(__file__).parent / "aliases.toml").read_text("utf-8")
         )
@@ -105,6 +124,23 @@ class Registry:
                 return model
         raise self._unknown(name)
 
+    def loras(self) -> tuple[OfferedLora, ...]:
+        """What can be named: the shelf, then what belongs to models. What cannot be used fits no model and says why."""
+        models, found = self.models(), []
+        for info in self.shelf.all():
+            fits = () if info.problem else tuple(m.name for m in models if _fits(info.path, m))
+            found.append(OfferedLora(info=info, models=fits))
+        for model in models:
+            for name, own in model.manifest.loras.items():
+                stat = own.file.path.stat()
+                info = LoraInfo(
+                    name=name, path=own.file.path, size_bytes=stat.st_size, changed_at=stat.st_mtime
+                )
+                found.append(
+                    OfferedLora(info=info, models=(model.name,), settings=own.settings, strength=own.strength)
+                )
+        return tuple(found)
+
     def target(self, name: str) -> str:
         """What a name stands for: the name of a model, or "auto". A name without its quant takes the first installed.
 
@@ -135,8 +171,16 @@ class Registry:
     def _read(self) -> tuple[Model, ...]:
         found = []
         with suppress(FileError):  # a wheel without the starter's weights
-            found.append(Model(find_model(POCKET, self.models_dir)))
+            found.append(Model(find_model(POCKET, self.models_dir), self.shelf))
         for installed in installed_models(self.models_dir):
             if installed.manifest is not None and not installed.problem:
-                found.append(Model(installed.manifest))
+                found.append(Model(installed.manifest, self.shelf))
         return tuple(found)
+
+
+def _fits(path: Path, model: Model) -> bool:
+    try:
+        check_lora(path, model.manifest)
+    except FileError:
+        return False
+    return True

@@ -12,6 +12,7 @@ import secrets
 from dataclasses import replace
 
 from mutoscope.errors import RequestError
+from mutoscope.jobs import switches
 from mutoscope.jobs.errors import InvalidRequest, Unsupported
 from mutoscope.jobs.model import Resolved
 from mutoscope.jobs.registry import WITHOUT_MODEL, Model
@@ -29,7 +30,8 @@ MAX_SEED = 2**31
 LEAST_FPS = 1.0
 """A clip slower than that is a row of pictures."""
 FIELDS = {"size": "width", "frames": "frames", "a": "frames", "steps": "steps", "sampler": "sampler", "fps": "fps",
-          "guidance": "guidance", "shift": "shift"}  # fmt: skip
+          "guidance": "guidance", "shift": "shift", "guidance_interval": "guidance_interval",
+          "guidance_kind": "guidance_kind", "cache": "cache"}  # fmt: skip
 """First words of `planning`'s messages, and the fields that they are about."""
 
 
@@ -57,7 +59,8 @@ def resolve(spec: JobSpec, model: Model) -> Resolved:
     asked = GenerationRequest(
         prompt=spec.prompt or " .", negative_prompt=spec.negative_prompt, conditioning=Conditioning(),
         width=width, height=height, frames=frames, fps=fps, steps=spec.steps, guidance=spec.guidance,
-        shift=spec.shift, sampler=spec.sampler, seed=seed, quality=spec.quality,
+        shift=spec.shift, sampler=spec.sampler, seed=seed, quality=spec.quality, loras=switches.taken(spec, model),
+        guidance_interval=spec.guidance_interval, guidance_kind=spec.guidance_kind, cache=spec.cache,
     )  # fmt: skip
     try:
         done = plan(asked, manifest)
@@ -66,11 +69,11 @@ def resolve(spec: JobSpec, model: Model) -> Resolved:
         raise InvalidRequest(e.message, field=FIELDS.get(first, ""), hint=e.hint) from e
     _check_moments(spec, frames)
     assert done.steps is not None
-    assert done.guidance is not None
     assert done.fps is not None
     made = Resolved(
         width=width, height=height, frames=frames, fps=done.fps, steps=done.steps,
-        passes=1 if done.guidance == 1.0 else 2, out_width=out_width, out_height=out_height, seed=seed,
+        passes=switches.passes(done), out_width=out_width, out_height=out_height, seed=seed,
+        switches=switches.label(done),
         tier="draft" if spec.quality == "draft" else spec.resolution or tier_of(out_width, out_height),
         seconds=0.0 if spec.operation == "image" else frames / done.fps,
     )  # fmt: skip
@@ -106,6 +109,9 @@ def check_parts(spec: JobSpec) -> None:
                 f"{spec.format} is not for HDR: {', '.join(HDR_FORMATS)} are.",
             )
     need(spec.scale is None or spec.operation == "upscale", "scale", "is for upscale only.")
+    for part in ("loras", "guidance_interval", "guidance_kind", "cache"):
+        is_usual = getattr(spec, part) == JobSpec.model_fields[part].default
+        need(generates or is_usual, part, f"is for video and image; {spec.operation} needs no model.")
     if generates:
         for part in ("mask", "boxes", "outpaint", "reframe"):
             need(not getattr(spec, part) or spec.source is not None, part, "needs a source.")

@@ -66,7 +66,7 @@ class Service:
     @classmethod
     def make(cls, settings: Settings) -> Service:
         """With the registry and the price list that the settings name."""
-        registry = Registry(settings.models_dir, settings.aliases)
+        registry = Registry(settings.models_dir, settings.aliases, settings.loras_dir)
         return cls(settings, registry, Prices.load(settings.prices_file))
 
     # -- making jobs -----------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ output of another job; a dialect turns data URIs into assets before it builds a 
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mutoscope.planning import MAX_LORA_STRENGTH
 
 Operation = Literal["video", "image", "upscale", "reframe_rate", "hdr"]
 """video, image: the generator. upscale, reframe_rate, hdr: work on a finished clip or picture (`source`)."""
@@ -39,6 +41,18 @@ class Media(Strict):
         if sum(v is not None for v in (self.asset, self.url, self.job)) != 1:
             raise ValueError("give exactly one of asset, url and job")
         return self
+
+
+class Lora(Strict):
+    """A LoRA by its name; `GET /api/v1/loras` lists them."""
+
+    name: str = Field(min_length=1, max_length=200)
+    strength: float | None = Field(
+        None,
+        ge=-MAX_LORA_STRENGTH,
+        le=MAX_LORA_STRENGTH,
+        description="None: its usual one. 0: without it.",
+    )
 
 
 class Keyframe(Strict):
@@ -116,7 +130,23 @@ class JobSpec(Strict):
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0, le=100)
     shift: float | None = Field(None, gt=0, le=100)
-    sampler: str | None = None
+    sampler: str | None = Field(
+        None, description="unipc, dpm++, euler; distill4 for step-distilled models and LoRAs."
+    )
+    loras: tuple[Lora, ...] = Field((), max_length=16, description="Changes of the model, by name.")
+    guidance_interval: tuple[Annotated[float, Fraction], Annotated[float, Fraction]] = Field(
+        (0.0, 1.0), description="Fractions of the steps that are guided; the others take half the time."
+    )
+    guidance_kind: str = Field(
+        "cfg",
+        max_length=40,
+        description='"cfg", or CFG-Zero*: "zero-star", "zero-star=N" leaves out N steps.',
+    )
+    cache: str = Field(
+        "none",
+        max_length=40,
+        description='Steps that are not computed: "none", "easy", "tea", "mag", or "easy=0.05".',
+    )
     quality: Literal["draft", "standard"] = "standard"
     hdr: bool = False
     format: OutputFormat | None = Field(None, description="mp4 for videos and png for pictures unless said.")

@@ -15,7 +15,7 @@ from mutoscope.jobs.resolve import LEAST_FPS
 from mutoscope.jobs.spec import JobSpec, Media
 from mutoscope.media.read import probe
 from mutoscope.planning import TEMPORAL_STRIDE
-from mutoscope.request import BoxTrack, Conditioning, GenerationRequest, Keyframe, Outpaint
+from mutoscope.request import BoxTrack, Conditioning, GenerationRequest, Keyframe, Lora, Outpaint
 
 Files = Mapping[Media, Path]
 SAME_ASPECT = 0.01
@@ -23,8 +23,10 @@ SAME_ASPECT = 0.01
 MOST_FPS = 60.0
 
 
-def generation_request(spec: JobSpec, resolved: Resolved, files: Files) -> GenerationRequest:
-    """What the engine is asked for.
+def generation_request(
+    spec: JobSpec, resolved: Resolved, files: Files, loras: tuple[Lora, ...] = ()
+) -> GenerationRequest:
+    """What the engine is asked for. `loras` are those of the spec on the job's model: see `switches.taken`.
 
     A source or control clip shorter than the video makes the video shorter: its length could not be known when
     the job was made. If no length was asked for, the video lasts as long as the clip that it follows.
@@ -53,6 +55,10 @@ def generation_request(spec: JobSpec, resolved: Resolved, files: Files) -> Gener
         sampler=spec.sampler,
         seed=resolved.seed,
         quality=spec.quality,
+        loras=loras,
+        guidance_interval=spec.guidance_interval,
+        guidance_kind=spec.guidance_kind,
+        cache=spec.cache,
     )
 
 

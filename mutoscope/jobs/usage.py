@@ -1,4 +1,4 @@
-"""What was spent, by day (UTC), model and key, from the ledger."""
+"""What was spent, by day (UTC), model, key and LoRAs, from the ledger."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.schema import jobs, ledger
 
-COLUMNS = ("day", "model", "model_asked", "operation", "key_id", "jobs", "credits", "device_seconds")
+COLUMNS = ("day", "model", "model_asked", "operation", "key_id", "jobs", "credits", "device_seconds", "loras")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class UsageRow:
     jobs: int
     credits: int
     device_seconds: float
+    loras: str = ""  # names, with + between
 
 
 def by_day(tx: Tx, account_id: str | None, start: date, before: date) -> list[UsageRow]:
@@ -36,26 +37,29 @@ def by_day(tx: Tx, account_id: str | None, start: date, before: date) -> list[Us
     query = (
         sa.select(
             ledger.c.at, ledger.c.model, ledger.c.key_id, ledger.c.amount, jobs.c.model_asked, jobs.c.operation,
-            jobs.c.started_at, jobs.c.finished_at,
+            jobs.c.started_at, jobs.c.finished_at, jobs.c.spec["loras"].label("loras"),
         )
         .join_from(ledger, jobs, jobs.c.id == ledger.c.job_id)
         .where(ledger.c.kind == "capture", ledger.c.at >= begin, ledger.c.at < end)
     )  # fmt: skip
     if account_id is not None:
         query = query.where(ledger.c.account_id == account_id)
-    sums: dict[tuple[date, str, str, str, str | None], list[float]] = {}
+    sums: dict[tuple[date, str, str, str, str | None, str], list[float]] = {}
     for row in tx.all(query):
         day = datetime.fromtimestamp(row.at, UTC).date()
-        total = sums.setdefault((day, row.model, row.model_asked, row.operation, row.key_id), [0, 0, 0.0])
+        loras = "+".join(lora["name"] for lora in row.loras or ())
+        total = sums.setdefault(
+            (day, row.model, row.model_asked, row.operation, row.key_id, loras), [0, 0, 0.0]
+        )
         total[0] += 1
         total[1] += row.amount
         total[2] += max(0.0, (row.finished_at or 0.0) - (row.started_at or row.finished_at or 0.0))
     rows = [
         UsageRow(day=day, model=model, model_asked=asked, operation=operation, key_id=key, jobs=int(n),
-                 credits=int(credits), device_seconds=round(seconds, 3))
-        for (day, model, asked, operation, key), (n, credits, seconds) in sums.items()
+                 credits=int(credits), device_seconds=round(seconds, 3), loras=loras)
+        for (day, model, asked, operation, key, loras), (n, credits, seconds) in sums.items()
     ]  # fmt: skip
-    return sorted(rows, key=lambda r: (r.day, r.model, r.model_asked, r.operation, r.key_id or ""))
+    return sorted(rows, key=lambda r: (r.day, r.model, r.model_asked, r.operation, r.key_id or "", r.loras))
 
 
 def jobs_since(tx: Tx, account_id: str, since: float) -> list[tuple[str, str, int]]:

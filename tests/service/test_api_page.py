@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from mutoscope.catalog import find_model
 from mutoscope.jobs import accounts
+from tests.making_loras import make_lora
 from tests.service.contract.runway.runway_house import House, listening
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
@@ -46,7 +48,9 @@ def examples() -> list[Example]:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setenv("MUTOSCOPE_HOME", str(tmp_path / "home"))
+    make_lora(tmp_path / "home" / "loras" / "ink.safetensors", find_model("pocket").files.dit.path)
     made = House(tmp_path)
     with made.db.write() as tx:
         made.key = accounts.create_key(tx, made.account.id, "admin", scopes=("jobs", "admin"))[1]

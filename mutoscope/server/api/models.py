@@ -1,4 +1,4 @@
-"""/api/v1/models, /prompts, /ping: what there is to ask for."""
+"""/api/v1/models, /loras, /prompts, /ping: what there is to ask for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from mutoscope import __version__
+from mutoscope.digests import sha256_of
 from mutoscope.jobs.database import Tx
+from mutoscope.jobs.errors import NotFound
 from mutoscope.jobs.model import Caller
-from mutoscope.jobs.registry import AUTO, Model
+from mutoscope.jobs.registry import AUTO, Model, OfferedLora
 from mutoscope.jobs.spec import Strict
+from mutoscope.jobs.view import iso
 from mutoscope.server import edge
 from mutoscope.server.api.shape import DIALECT, parsed, takes
 from mutoscope.server.context import Context
@@ -46,7 +49,43 @@ def shown(model: Model) -> dict[str, Any]:
     }
 
 
+def shown_lora(lora: OfferedLora, *, digest: bool = False) -> dict[str, Any]:
+    """A LoRA as the API shows it. Its hash means reading the whole file, once."""
+    info = lora.info
+    return {
+        "id": info.name,
+        "object": "lora",
+        "title": info.title,
+        "trigger": info.trigger,
+        "models": list(lora.models),
+        "strength": lora.strength,
+        "settings": dict(lora.settings),
+        "rank": info.rank,
+        "size_bytes": info.size_bytes,
+        "changed_at": iso(info.changed_at),
+        "problem": info.problem or None,
+    } | ({"sha256": sha256_of(info.path)} if digest else {})
+
+
 def add(api: APIRouter, ctx: Context) -> None:
+    @api.get("/loras", summary="The LoRAs that can be named, and the models that take them")
+    async def loras(request: Request) -> Response:
+        def act(_tx: Tx, _caller: Caller) -> Reply:
+            data = [shown_lora(lora) for lora in ctx.registry.loras()]
+            return Reply(200, {"object": "list", "data": data})
+
+        return await edge.read(ctx, request, act, DIALECT)
+
+    @api.get("/loras/{name}", summary="One LoRA, with the SHA-256 of its file")
+    async def lora(request: Request, name: str) -> Response:
+        def act(_tx: Tx, _caller: Caller) -> Reply:
+            for found in ctx.registry.loras():
+                if found.info.name == name:
+                    return Reply(200, shown_lora(found, digest=True))
+            raise NotFound(f"No LoRA {name!r}.", hint="GET /api/v1/loras lists them.")
+
+        return await edge.read(ctx, request, act, DIALECT)
+
     @api.get("/models", summary="The models that are installed")
     async def listing(request: Request) -> Response:
         def act(_tx: Tx, _caller: Caller) -> Reply:

@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from starlette.datastructures import FormData, UploadFile
 
+from mutoscope.jobs import plainjson
 from mutoscope.jobs.errors import InvalidRequest, Unsupported
 from mutoscope.jobs.inline import Inline
 from mutoscope.jobs.model import Job
-from mutoscope.jobs.spec import MAX_PROMPT, JobSpec, Keyframe, Media
+from mutoscope.jobs.spec import MAX_PROMPT, JobSpec, Keyframe, Lora, Media
 
 DEFAULT_MODEL = "sora-2"
 Size = Literal["720x1280", "1280x720", "1024x1792", "1792x1024"]
@@ -40,7 +41,8 @@ class Refused(InvalidRequest):
 
 
 class Body(BaseModel):
-    """Nothing unknown is ignored. The last four are ours, named as other servers of this API name them."""
+    """Nothing unknown is ignored. The last ones are ours: four named as other servers of this API name them, four as
+    our own API does."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,12 +51,26 @@ class Body(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**63)
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
     guidance_scale: float | None = Field(None, ge=0, le=100)
+    loras: tuple[Lora, ...] = Field((), max_length=16)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_kind: str = Field("cfg", max_length=40)
+    cache: str = Field("none", max_length=40)
+
+    @field_validator("loras", "guidance_interval", mode="before")
+    @classmethod
+    def _json(cls, value: Any) -> Any:
+        """In a form they are texts of JSON."""
+        try:
+            return plainjson.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            return value  # what it should have been is said as for JSON
 
     def ours(self) -> dict[str, Any]:
         """The part of a spec that all bodies share."""
         return {
             "prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": self.seed,
-            "steps": self.num_inference_steps, "guidance": self.guidance_scale,
+            "steps": self.num_inference_steps, "guidance": self.guidance_scale, "loras": self.loras,
+            "guidance_interval": self.guidance_interval, "guidance_kind": self.guidance_kind, "cache": self.cache,
         }  # fmt: skip
 
 

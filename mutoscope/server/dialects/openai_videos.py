@@ -452,6 +452,8 @@ _PLACEHOLDER = Media(asset="not-kept-yet")
 _OURS = (
     Part("negative_prompt, seed, num_inference_steps, guidance_scale", SUPPORTED,
          "not OpenAI's: `extra_body` of the SDK"),
+    Part("loras, cache, guidance_interval, guidance_kind", SUPPORTED,
+         "not OpenAI's: as in our own API; in forms, which the SDK sends, lists are texts of JSON"),
 )  # fmt: skip
 _PROMPT = Part("prompt", SUPPORTED, "1 to 20,000 characters")
 COVERAGE: tuple[Route, ...] = (

@@ -146,6 +146,13 @@ def test_our_own_fields_come_by_extra_body(house: House) -> None:
     made = house.client().videos.create(prompt="a ball", extra_body=ours)
     spec = house.job(made.id).spec
     assert (spec["seed"], spec["negative_prompt"], spec["steps"], spec["guidance"]) == (7, "blur", 5, 1.5)
+    less = {"cache": "easy=0.1", "guidance_interval": "[0, 0.5]", "guidance_kind": "zero-star=1"}
+    spec = house.job(house.client().videos.create(prompt="a ball", extra_body=less).id).spec
+    assert {name: spec[name] for name in less} == {**less, "guidance_interval": [0.0, 0.5]}
+    for loras, said in (('[{"name": "ink"}]', "LoRA 'ink' is unknown"), ("ink", "Invalid type for 'loras'")):
+        with pytest.raises(openai.BadRequestError, match=said) as refused:
+            house.client().videos.create(prompt="a ball", extra_body={"loras": loras})
+        assert str(refused.value.param).startswith("loras")
 
 
 def test_remix_keeps_size_length_and_structure(house: House) -> None:
