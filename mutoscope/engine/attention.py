@@ -1,7 +1,7 @@
 """Softmax attention on [B, L, H, D] tensors.
 
 On CPUs in bfloat16 long sequences are worked through in blocks of queries: product, softmax, product, each by the
-library's best kernel, on logits that stay in the cache. `scaled_dot_product_attention` leaves most of the machine
+best kernel there is, on logits that stay in the cache. `scaled_dot_product_attention` leaves most of the machine
 unused there (docs/performance.md). Memory grows with the number of tokens, not with its square: one block of logits.
 
 Logits of the blocked path are rounded to bfloat16, sums and maxima are float32. What all keys have in common shifts
@@ -16,6 +16,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mutoscope.engine import kernels
+from mutoscope.engine.jit import LANES
 
 MIN_LOGITS = 1 << 16
 """Queries times keys per head from which blocks are worth their overhead."""
@@ -55,30 +58,56 @@ def _blocks_are_faster(q_BLHD: Tensor, k_BSHD: Tensor) -> bool:
     )
 
 
+def is_long(n: int) -> bool:
+    """Whether attention among so many tokens is worth blocks."""
+    return n * n >= MIN_LOGITS
+
+
 def attend_in_blocks(
     q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
     """`attend` for inference: one head and one block of queries at a time, all keys at once."""
-    (n_batch, n, n_heads, _), n_keys = q_BLHD.shape, k_BSHD.shape[1]
-    q, k = (t.transpose(1, 2).contiguous() for t in _scaled(q_BLHD, k_BSHD, scale))
-    v = v_BSHD.transpose(1, 2).contiguous()
+    q, k = (t.transpose(1, 2) for t in _scaled(q_BLHD, k_BSHD, scale))
+    n_keys = k_BSHD.shape[1]
+    n_room = room_for_keys(n_keys)
+    k, v = (F.pad(t, (0, 0, 0, n_room - n_keys)).contiguous() for t in (k, v_BSHD.transpose(1, 2)))
+    return attend_by_heads(q.contiguous(), k, v, n_keys, bias)
+
+
+def room_for_keys(n: int) -> int:
+    """Of how many keys and values there must be memory, those after `n` zero."""
+    return -(-n // LANES) * LANES if kernels.fits() else n
+
+
+def attend_by_heads(
+    q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, n_keys: int, bias: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T + bias) v for contiguous bfloat16 heads; keys and values as `room_for_keys` says.
+
+    Returns [B, L, H, D].
+    """
+    (n_batch, n_heads, n, head), n_room = q_BHLD.shape, k_BHSD.shape[2]
+    q, k, v = q_BHLD, k_BHSD, v_BHSD
     if bias is not None:
         bias = bias.to(q.dtype).expand(n_batch, n_heads, -1, n_keys)
     fewest, most = BLOCK_QUERIES
-    step = min(max(BLOCK_LOGITS // n_keys // fewest * fewest, fewest), most, n)
-    logits = q.new_empty(step * n_keys)
-    out = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    step = min(max(BLOCK_LOGITS // n_room // fewest * fewest, fewest), most, n)
+    logits = q.new_empty(step * n_room)
+    out = torch.empty(n_batch, n, n_heads, head, dtype=q.dtype, device=q.device)
     for b in range(n_batch):
         for h in range(n_heads):
             keys_DS, values_SD = k[b, h].T, v[b, h]
             for start in range(0, n, step):
                 rows = slice(start, min(start + step, n))
                 count = rows.stop - start
-                logits_LS = logits[: count * n_keys].view(count, n_keys)
+                logits_LS = logits[: count * n_room].view(count, n_room)
                 torch.mm(q[b, h, rows], keys_DS, out=logits_LS)
                 if bias is not None:
-                    logits_LS.add_(bias[b, h, rows if bias.shape[2] > 1 else slice(None)])
-                torch.softmax(logits_LS, -1, out=logits_LS)
+                    logits_LS[:, :n_keys] += bias[b, h, rows if bias.shape[2] > 1 else slice(None)]
+                if kernels.fits():
+                    kernels.softmax_(logits_LS, n_keys)
+                else:
+                    torch.softmax(logits_LS, -1, out=logits_LS)
                 torch.mm(logits_LS, values_SD, out=out[b, rows, h])
     return out
 

@@ -27,7 +27,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from mutoscope.engine.linear import Packed, Shared
+from mutoscope.engine import kernels
+from mutoscope.engine.linear import Packed, Product, Shared
 
 PIECE_BYTES = 16 << 20
 """Of one float32 result."""
@@ -74,6 +75,8 @@ class Weight:
 
 def quantize_rows(x: Tensor, low: float | None = None) -> Rows:
     """float [M, K] to 8 bits, nearest, each row by its own range. `low`: what no number is below, if that is known."""
+    if low is None and x.device.type == "cpu" and kernels.fits(x.shape[1]) and x.is_contiguous():
+        return Rows(*kernels.quantised(x), 128, 0.0)
     q_MK = torch.empty(x.shape, dtype=torch.int8)
     step_M1 = torch.empty(len(x), 1)
     for part in pieces(*x.shape):
@@ -91,6 +94,12 @@ def quantize_rows(x: Tensor, low: float | None = None) -> Rows:
     # float to int8 is five times as fast as to uint8; flipping the top bit then adds 128.
     zero, offset = (128, 0.0) if low is None else (128 - LEVELS, low)
     return Rows(q_MK.view(torch.uint8).bitwise_xor_(128), step_M1, zero, offset)
+
+
+def rows_of(given: Shared) -> Rows:
+    """Activations [..., K] as 8-bit rows, made once."""
+    rows: Rows = given.made("int8", lambda x: quantize_rows(x.flatten(0, -2), given.low))
+    return rows
 
 
 def quantize_weight(weight: Packed) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,8 +131,8 @@ def prepare(weight: Packed) -> Weight:
     return Weight(packed, step_N, sum_N, torch.zeros(len(step_N), dtype=torch.int64), u_NK.nbytes)
 
 
-def product(rows: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
-    """float32 [M, N]: see the top of this file."""
+def unfinished(rows: Rows, weight: Weight, bias: Tensor | None) -> Product:
+    """What the kernel computes, [M, N], and what remains to be done to it."""
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         rows.q_MK, 1.0, rows.zero, weight.packed, weight.step_N, weight.zero_N, None, 1.0, 0, torch.float32,
         "none", [], "",
@@ -131,7 +140,14 @@ def product(rows: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
     if rows.offset:
         shift = weight.sum_N * rows.offset
         bias = shift if bias is None else bias + shift
-    return y.mul_(rows.step_M1) if bias is None else torch.addcmul(bias, y, rows.step_M1, out=y)
+    return Product(y, rows.step_M1, bias)
+
+
+def product(rows: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
+    """float32 [M, N]: see the top of this file."""
+    p = unfinished(rows, weight, bias)
+    y, step = p.y_MN, rows.step_M1
+    return y.mul_(step) if p.bias is None else torch.addcmul(p.bias, y, step, out=y)
 
 
 def gelu_(x: Tensor) -> Tensor:
@@ -200,10 +216,10 @@ class Int8:
     ) -> Tensor:
         """float32 [..., N]. `bias` may also be one of each row, float32 [M, N]."""
         given = x if isinstance(x, Shared) else Shared(x)
-        shape = given.x.shape
+        shape = given.shape
         ready = self._converted(weight)
         n_rows = shape[:-1].numel()
-        rows = given.made("int8", lambda x: quantize_rows(x.flatten(0, -2), given.low))
+        rows = rows_of(given)
         parts = list(pieces(n_rows, ready.n_out))
         out = torch.empty(n_rows, ready.n_out) if len(parts) > 1 else None
         for part in parts:
@@ -212,6 +228,16 @@ class Int8:
             if out is not None:
                 out[part] = y
         return (y if out is None else out).view(*shape[:-1], -1)
+
+    def products(
+        self, x: Tensor | Shared, weight: Packed, bias: Tensor | None
+    ) -> Iterator[tuple[slice, Product]]:
+        rows, ready = rows_of(x if isinstance(x, Shared) else Shared(x)), self._converted(weight)
+        for part in pieces(len(rows.q_MK), ready.n_out):
+            yield (
+                part,
+                unfinished(rows[part], ready, bias[part] if bias is not None and bias.ndim == 2 else bias),
+            )
 
     def fuses_gelu(self, device: torch.device) -> bool:
         return True

@@ -11,7 +11,7 @@ not know which. Inference only: the next layer overwrites the shared buffer, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -71,19 +71,51 @@ class Packed:
 class Shared:
     """Activations that go into several layers; what one of them makes of these is kept for the others.
 
+    x: the activations, or what makes them if somebody needs them as they are; then `shape` is theirs.
     low: what no number of them is below, if that is known.
+    ways: shorter ways to what layers make of them, by its name.
     """
 
-    def __init__(self, x: Tensor, low: float | None = None) -> None:
-        self.x = x
+    def __init__(
+        self,
+        x: Tensor | Callable[[], Tensor],
+        low: float | None = None,
+        *,
+        shape: torch.Size | None = None,
+        ways: Mapping[str, Callable[[], Any]] | None = None,
+    ) -> None:
+        self._x = x
         self.low = low
+        self._shape = shape
+        self._ways = ways or {}
         self._made: dict[str, Any] = {}
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape or self.x.shape
+
+    @property
+    def x(self) -> Tensor:
+        if not isinstance(self._x, Tensor):
+            self._x = self._x()
+        return self._x
 
     def made(self, what: str, make: Callable[[Tensor], Any]) -> Any:
         """`make(x)`, once under this name."""
         if what not in self._made:
-            self._made[what] = make(self.x)
+            way = self._ways.get(what)
+            self._made[what] = make(self.x) if way is None else way()
         return self._made[what]
+
+
+@dataclass(frozen=True)
+class Product:
+    """Rows [M, N] of a product before its last pass, which is the caller's: y * step + bias. Without step, complete."""
+
+    y_MN: Tensor
+    step_M1: Tensor | None = None
+    bias: Tensor | None = None
+    """[N], or of each row [M, N]."""
 
 
 def shared(x: Tensor, *layers: nn.Module, low: float | None = None) -> Tensor | Shared:
@@ -113,6 +145,11 @@ class Precision(Protocol):
 
         The result is of `dtype` or, where that costs nothing, float32.
         """
+
+    def products(
+        self, x: Tensor | Shared, weight: Packed, bias: Tensor | None
+    ) -> Iterator[tuple[slice, Product]]:
+        """The same in runs of rows, each as the kernel leaves it."""
 
     def fuses_gelu(self, device: torch.device) -> bool:
         """Whether GELU comes with the product at little or no cost."""
@@ -166,6 +203,12 @@ class Unpacked:
             self._held = None  # whatever happens now, the buffer is written to
             self._held = weight.data, weight.values(self.dtype, self.buffer(weight.data.device))
         return self._held[1]
+
+    def products(
+        self, x: Tensor | Shared, weight: Packed, bias: Tensor | None
+    ) -> Iterator[tuple[slice, Product]]:
+        y_MN = self.linear(x, weight, bias).flatten(0, -2)
+        yield slice(0, len(y_MN)), Product(y_MN)
 
     def fuses_gelu(self, device: torch.device) -> bool:
         return device.type == "cpu" and self.dtype == torch.bfloat16 and _has_linear_pointwise()
@@ -233,6 +276,10 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor | Shared, *, gelu: bool = False) -> Tensor:
         return self.precision.linear(x, self.weight, self.bias, gelu=gelu)
+
+    def products(self, x: Tensor | Shared) -> Iterator[tuple[slice, Product]]:
+        """`forward` in runs of rows (tokens of all samples), the last pass left to the caller."""
+        return self.precision.products(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {GGMLType(self.type_id).name}"

@@ -18,7 +18,7 @@ Paper: "LoRA" (arXiv 2106.09685). Formats of files: `lora_files.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutoscope.engine.gguf import GGMLType
-from mutoscope.engine.int8 import Int8, Weight, gelu_, prepare, product, quantize_rows
-from mutoscope.engine.linear import Packed, QuantLinear, Shared, Unpacked, linear_pointwise
+from mutoscope.engine.int8 import Int8, Weight, gelu_, prepare, product, quantize_rows, rows_of
+from mutoscope.engine.linear import Packed, Product, QuantLinear, Shared, Unpacked, linear_pointwise
 from mutoscope.engine.lora_files import Changes, is_linear, read_lora
 
 Undo = Callable[[], None]
@@ -55,6 +55,18 @@ class SidePath(nn.Module):
         self.register_buffer("dense", dense, persistent=False)
         integers = isinstance(layer, QuantLinear) and isinstance(layer.precision, Int8) and up.shape[1] > 0
         self.prepared = (_prepared(down), _prepared(up)) if integers and dense is None else None
+
+    @property
+    def in_features(self) -> int:
+        return int(self.down.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.up.shape[0])
+
+    @property
+    def precision(self) -> Any:
+        return getattr(self.layer, "precision", None)
 
     @property
     def rows_at_once(self) -> int:
@@ -85,9 +97,22 @@ class SidePath(nn.Module):
         """As the layer does it: the addition takes the place of the bias, which is inside of it."""
         layer = self.layer
         assert isinstance(layer, QuantLinear)
-        rows = given.made("int8", lambda x: quantize_rows(x.flatten(0, -2), given.low))
+        rows = rows_of(given)
         more = product(quantize_rows(product(rows, down, None)), up, layer.bias)
         return layer.precision.linear(given, layer.weight, more, gelu=gelu)
+
+    def products(self, x: Tensor | Shared) -> Iterator[tuple[slice, Product]]:
+        """As the layer's; the addition is in the bias of integer products."""
+        if self.prepared is None:
+            y_MN = self(x).flatten(0, -2)
+            yield slice(0, len(y_MN)), Product(y_MN)
+            return
+        layer, (down, up) = self.layer, self.prepared
+        assert isinstance(layer, QuantLinear)
+        given = x if isinstance(x, Shared) else Shared(x)
+        low = quantize_rows(product(rows_of(given), down, None))
+        for part, p in layer.products(given):
+            yield part, Product(p.y_MN, p.step_M1, product(low[part], up, p.bias))
 
     def extra_repr(self) -> str:
         return f"rank {self.down.shape[0]}" + ("" if self.dense is None else " and a dense difference")

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mutoscope.engine import packing
+from mutoscope.engine import kernels, packing
 from mutoscope.engine.gguf import BLOCKS, GGMLType, type_name
 from mutoscope.engine.packing import BITS, IQ4_VALUES, NIBBLES, PAIRS
 from mutoscope.errors import GGUFError
@@ -81,6 +81,9 @@ def dequantize(
         out = torch.empty(shape, dtype=dtype, device=packed.device)
     elif out.shape != shape or not out.is_contiguous():
         raise ValueError(f"out has shape {list(out.shape)}, expected contiguous {list(shape)}")
+    if quant.type_id == GGMLType.Q8_0 and out.dtype == torch.bfloat16 and _by_kernel(packed):
+        kernels.q8_0_to_bfloat16(packed, out)
+        return out
     blocks_NB = packed.reshape(-1, quant.nbytes)
     out_NE = out.view(-1, quant.block)
     step = max(1, (CHUNK_CPU if packed.device.type == "cpu" else CHUNK_GPU) // quant.block)
@@ -95,6 +98,10 @@ def dequantize(
         if not direct:
             result_NE.copy_(y_NE)
     return out
+
+
+def _by_kernel(packed: Tensor) -> bool:
+    return packed.device.type == "cpu" and packed.is_contiguous() and packed.numel() > 0 and kernels.fits()
 
 
 def quantize(type_id: int, x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mutoscope.engine import fused
 from mutoscope.engine.attention import attend
 from mutoscope.engine.linear import Shared, shared
 from mutoscope.engine.wan_names import diffusers_name as diffusers_name
@@ -200,9 +201,13 @@ def apply_rope(x_BLHD: Tensor, rope: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """layer_norm(x) * (1 + scale) + shift, for [B or 1, 1, D] modulation."""
+def modulated_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, *layers: nn.Module
+) -> Tensor | Shared:
+    """layer_norm(x) * (1 + scale) + shift, for [B or 1, 1, D] modulation; for `layers`, in the form they want."""
     width = (x.shape[-1],)
+    if layers and fused.can(x, *layers):
+        return fused.normed(x, (1 + scale).squeeze(1), shift.squeeze(1).contiguous(), eps)
     if scale.shape[0] == 1:  # one noise level for all samples: the norm's own weight and bias
         return F.layer_norm(x, width, (1 + scale).flatten(), shift.flatten(), eps)
     return F.layer_norm(x, width, eps=eps) * (1 + scale) + shift
@@ -215,12 +220,19 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | float) -> Tensor:
     return x.add_(y, alpha=gate) if isinstance(gate, float) else x.addcmul_(y, gate)
 
 
+def add_layer(x: Tensor, layer: nn.Module, y: Tensor | Shared, gate: Tensor | float) -> Tensor:
+    """`add_gated` of layer(y)."""
+    return fused.add_product(x, layer, y, gate) if fused.can(x, layer) else add_gated(x, layer(y), gate)
+
+
 GELU_LOW = -0.1701
 """GELU gives nothing below: its least is -0.17004, with the tanh approximation."""
 
 
-def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
+def gelu_of(layer: nn.Module, x: Tensor | Shared) -> Tensor | Shared:
     """gelu(layer(x)), the tanh approximation, as one operation where the layer can."""
+    if isinstance(x, Shared) and fused.is_integer(layer):
+        return fused.gelu(layer, x, GELU_LOW)
     if getattr(layer, "fuses_gelu", False):
         return layer(x, gelu=True)
     return F.gelu(layer(x), approximate="tanh")
@@ -239,14 +251,17 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Shared, rope: Tensor) -> Tensor:
+        """Before the last layer, `o`."""
         heads = (self.n_heads, -1)
+        if isinstance(x, Shared):
+            return fused.self_attention(self, x, rope)
         x_all = shared(x, self.q, self.k, self.v)
         q, k = self.norm_q(self.q(x_all)), self.norm_k(self.k(x_all))
         v = _computed(self.v, x_all).unflatten(-1, heads)
         q = apply_rope(q.unflatten(-1, heads), rope).to(v.dtype)
         k = apply_rope(k.unflatten(-1, heads), rope).to(v.dtype)
-        return self.o(attend(q, k, v).flatten(-2))
+        return attend(q, k, v).flatten(-2)
 
 
 class CrossAttention(nn.Module):
@@ -261,9 +276,12 @@ class CrossAttention(nn.Module):
         v = _computed(self.v, text_BSD).unflatten(-1, heads)
         return self.norm_k(self.k(text_BSD)).unflatten(-1, heads).to(v.dtype), v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor | Shared, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Before the last layer, `o`."""
+        if isinstance(x, Shared):
+            return fused.cross_attention(self, x, k, v, bias)
         q = self.norm_q(self.q(x)).unflatten(-1, (self.n_heads, -1)).to(v.dtype)
-        return self.o(attend(q, k, v, bias).flatten(-2))
+        return attend(q, k, v, bias).flatten(-2)
 
 
 class Block(nn.Module):
@@ -284,12 +302,15 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
             (self.modulation.float() + e0).unsqueeze(2).unbind(1)
         )
-        x = add_gated(x, self.self_attn(modulated_norm(x, scale_a, shift_a, self.eps), rope), gate_a)
-        x = add_gated(x, self.cross_attn(self.norm3(x), k, v, bias), 1.0)
+        attn, cross, up, down = self.self_attn, self.cross_attn, self.ffn["0"], self.ffn["2"]
+        y = modulated_norm(x, scale_a, shift_a, self.eps, attn.q, attn.k, attn.v)
+        x = add_layer(x, attn.o, attn(y, rope), gate_a)
+        y = fused.normed_by(self.norm3, x) if fused.can(x, cross.q) else self.norm3(x)
+        x = add_layer(x, cross.o, cross(y, k, v, bias), 1.0)
         for part in self._ffn_parts(x):
-            y = modulated_norm(part, scale_f, shift_f, self.eps)
-            y = shared(gelu_of(self.ffn["0"], y), self.ffn["2"], low=GELU_LOW)
-            y = add_gated(part, self.ffn["2"](y), gate_f)
+            y = gelu_of(up, modulated_norm(part, scale_f, shift_f, self.eps, up))
+            y = y if isinstance(y, Shared) else shared(y, down, low=GELU_LOW)
+            y = add_layer(part, down, y, gate_f)
         return x if y.data_ptr() == part.data_ptr() else y
 
     def _ffn_parts(self, x: Tensor) -> Sequence[Tensor]:

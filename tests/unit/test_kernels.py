@@ -1,0 +1,326 @@
+"""Compiled passes against the library's operations, and blocks with them against blocks without."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mutoscope.engine import fused, int8, jit, kernels
+from mutoscope.engine.gguf import GGMLType
+from mutoscope.engine.jit import LANES, Kernel
+from mutoscope.engine.linear import Packed, QuantLinear, Shared
+from mutoscope.engine.precision import chooser
+from mutoscope.engine.quants import dequantize, quantize
+from mutoscope.engine.wan import GELU_LOW, WanConfig, WanModel, apply_rope, rope_table
+
+pytestmark = pytest.mark.skipif(not jit.available(), reason="no compiled kernels here")
+
+BF16 = torch.bfloat16
+ROUNDING = 2**-8
+"""Half a step of bfloat16, relative."""
+INT8_NOISE = 0.0125
+"""Of a product in 8-bit integers: see test_int8.py."""
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+# ---------------------------------------------------------------- the compiler
+
+
+def test_the_example_at_the_top(threads: int) -> None:
+    k = Kernel("scale")
+    x, factor, width = k.pointer(), k.number(), k.integer()
+    with k.rows() as row, k.loop(width, LANES) as i:
+        at = row * width + i
+        k.store(x, at, k.load(x, at) * factor)
+    scale = k.compiled()
+    for n in (1, 2, 7):
+        x_MN = random(n, 48)
+        expected = torch.cat((x_MN[:-1] * 0.5, x_MN[-1:]))
+        scale(n - 1, x_MN, 0.5, 48)
+        assert torch.equal(x_MN, expected)
+    with pytest.raises(TypeError, match=r"scale_\d+ takes 3 values, not 2"):
+        scale(1, x_MN, 0.5)
+
+
+def test_powers_of_two() -> None:
+    k = Kernel("power")
+    x = k.pointer()
+    with k.rows() as row:
+        k.store(x, row * LANES, k.exp2(k.load(x, row * LANES)))
+    power = k.compiled()
+    given = torch.linspace(-30, 30, LANES * 500)
+    found = given.clone()
+    power(500, found)
+    assert ((found - given.double().exp2()) / given.double().exp2()).abs().max() < 3e-7
+    edges = torch.tensor([-torch.inf, torch.inf, torch.nan, -1000.0, 1000.0, 0.0, -140.0, 127.5]).repeat(2)
+    found = edges.clone()
+    power(1, found)
+    torch.testing.assert_close(found, edges.exp2(), equal_nan=True, rtol=3e-7, atol=0)
+
+
+def test_kernels_may_be_written_by_several_threads_at_once() -> None:
+    found = []
+    workers = [
+        threading.Thread(target=lambda: found.append(kernels._softmax.__wrapped__())) for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    logits = [random(5, 64).to(BF16) for _ in found]
+    for kernel, x in zip(found, logits, strict=True):
+        kernel(5, x, 64, 64)
+    assert len(found) == 4
+    assert all(torch.equal(x, logits[0]) for x in logits)
+
+
+# ---------------------------------------------------------------- passes
+
+
+def test_norms(threads: int) -> None:
+    """Of samples that lie apart, each with its own modulation."""
+    x = random(2, 50, 96)[:, 3:40] * torch.logspace(-2, 2, 37)[:, None] + 3
+    weight, bias = 1 + 0.3 * random(2, 96, seed=1), random(2, 96, seed=2)
+    expected = F.layer_norm(x, (96,), eps=1e-6) * weight[:, None] + bias[:, None]
+    q, step = kernels.normed_int8(x, weight, bias, 1e-6)
+    rows = int8.quantize_rows(expected.flatten(0, 1))
+    torch.testing.assert_close(step, rows.step_M1, rtol=1e-4, atol=0)
+    assert (q.int() - rows.q_MK.int()).abs().max() <= 1
+    assert (q != rows.q_MK).float().mean() < 0.001
+    got = kernels.normed_bfloat16(x, weight, bias, 1e-6)
+    torch.testing.assert_close(got.float(), expected, rtol=1.01 * ROUNDING, atol=1e-5)
+    one = kernels.normed_bfloat16(x, weight[:1], bias[:1], 1e-6)
+    assert torch.equal(one[0], got[0])
+    assert not torch.equal(one[1], got[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_quantised_rows(dtype: torch.dtype) -> None:
+    x = (random(33, 64) * torch.logspace(-3, 3, 33)[:, None]).to(dtype)
+    x[5] = 0
+    q, step = kernels.quantised(x)
+    assert ((q.float() - 128) * step - x.float()).abs().max(1).values.le(0.501 * step[:, 0]).all()
+    assert (q[5] == 128).all()
+    assert torch.allclose(step[6:], x[6:].float().abs().amax(1, keepdim=True) / 127)
+
+
+def test_gelu_of_a_product() -> None:
+    y, step, bias = random(21, 160) * 50, random(21, 1, seed=1).abs() / 20, random(160, seed=2)
+    q, step_out = torch.empty(21, 160, dtype=torch.uint8), torch.empty(21, 1)
+    for given in (bias, bias.expand(21, -1) + random(21, 160, seed=3)):
+        expected = F.gelu(y.double() * step + given, approximate="tanh")
+        kernels.gelu_int8(y, step, given.contiguous(), GELU_LOW, q, step_out)
+        got = (q.double() - 1) * step_out + GELU_LOW
+        assert ((got - expected).abs() <= 0.502 * step_out).all()
+
+
+def library_heads(y: Tensor, weight: Tensor | None, rope: Tensor | None, scale: float) -> Tensor:
+    """[2, L, 96] to [2, 3, L, 32]."""
+    if weight is not None:
+        y = F.rms_norm(y, (96,), weight, 1e-6)
+    y = y.unflatten(-1, (3, 32))
+    return (y if rope is None else apply_rope(y.clone(), rope)).transpose(1, 2) * scale
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("with_rope", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_heads(dtype: torch.dtype, with_rope: bool, with_norm: bool) -> None:
+    """In two runs that end within a sample, into memory for more keys; then some rows only."""
+    y, step, bias = (random(2 * 12, 96) * 50).to(dtype), random(24, 1, seed=1).abs() / 20, random(96, seed=2)
+    rope = rope_table((3, 2, 2), 32) if with_rope else None
+    weight = 1 + 0.2 * random(96, seed=3) if with_norm else None
+    complete = y.float() * step + bias if dtype == torch.float32 else y.float()
+    expected = library_heads(complete.view(2, 12, 96), weight, rope, 1.0)
+    common = random(96, seed=4)
+    given = {"length": 12, "head": 32, "weight": weight, "eps": 1e-6, "rope": rope}
+    steps = (step, bias) if dtype == torch.float32 else (None, None)
+    out = torch.zeros(2, 3, 16, 32, dtype=BF16)
+    for part in (slice(0, 17), slice(17, 24)):
+        parts = (y[part], None if steps[0] is None else step[part], steps[1])
+        kernels.heads(*parts, out, first=part.start, scale=0.3, common_N=common, **given)
+    less = (expected - common.view(3, 1, 32)) * 0.3
+    torch.testing.assert_close(out[:, :, :12].float(), less, rtol=1.01 * ROUNDING, atol=1e-5)
+    assert not out[:, :, 12:].any()
+    some = torch.empty(5, 96)
+    kernels.heads(y, *steps, some, first=0, every=5, **given)
+    torch.testing.assert_close(some, expected.transpose(1, 2).reshape(24, 96)[::5], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_gated_sum(dtype: torch.dtype) -> None:
+    y, step, bias = (random(14, 32) * 50).to(dtype), random(14, 1, seed=1).abs(), random(32, seed=2)
+    complete = y * step + bias if dtype == torch.float32 else y.float()
+    steps = (step, bias) if dtype == torch.float32 else (None, None)
+    for gate in (0.7, random(1, 1, 32), random(2, 1, 32)):
+        stream = random(2, 20, 32, seed=5)
+        expected = stream.clone()
+        expected[:, 3:10] += complete.view(2, 7, 32) * gate
+        kernels.add_gated(stream[:, 3:10], y, *steps, gate, 0)
+        torch.testing.assert_close(stream, expected, rtol=1e-6, atol=1e-5)
+    later = random(2, 10, 32, seed=5)
+    expected = later.clone().view(20, 32)
+    expected[6:] += complete
+    kernels.add_gated(later, y, *steps, 1.0, 6)
+    torch.testing.assert_close(later.view(20, 32), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_softmax(threads: int) -> None:
+    logits = (8 * random(9, 80)).to(BF16)
+    logits[2, :40] = -torch.inf
+    got = logits.clone()
+    kernels.softmax_(got, 70)
+    torch.testing.assert_close(
+        got[:, :70].float(), logits[:, :70].float().softmax(-1), rtol=3 * ROUNDING, atol=1e-30
+    )
+    assert not got[:, 70:].any()
+
+
+def test_q8_0_is_rounded_once() -> None:
+    packed = quantize(GGMLType.Q8_0, random(70, 96) * torch.logspace(-3, 2, 70)[:, None])
+    expected = dequantize(GGMLType.Q8_0, packed, torch.float32).to(BF16)
+    assert torch.equal(dequantize(GGMLType.Q8_0, packed, BF16), expected)
+
+
+# ---------------------------------------------------------------- blocks
+
+CONFIG = WanConfig(
+    dim=128, ffn_dim=256, n_heads=2, n_layers=2, in_dim=4, out_dim=4, text_dim=32, freq_dim=32, vace_layers=(),
+    vace_in_dim=72,
+)  # fmt: skip
+GRID = (2, 10, 14)
+"""280 tokens: not a multiple of LANES, and enough for blocks."""
+
+
+def model_in(precision: str) -> WanModel:
+    """A seeded model of QuantLinear layers on float32 weights."""
+    torch.manual_seed(0)
+    model = WanModel(CONFIG)
+    choose = chooser(precision, torch.device("cpu"))
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            packed = quantize(GGMLType.Q8_0, layer.weight.data).view(-1)
+            weight = Packed(packed, GGMLType.Q8_0, tuple(layer.weight.shape))
+            model.set_submodule(path, QuantLinear(weight, layer.bias.data, choose(path, weight)))
+    return model
+
+
+def velocity(model: WanModel, batch: int = 1) -> Tensor:
+    x = random(2, 4, GRID[0], 2 * GRID[1], 2 * GRID[2])[:batch]
+    text = model.text_context(random(2, 9, 32, seed=1)[:batch], [9, 6][:batch])
+    time = model.time_modulation(torch.tensor([700.0, 300.0])[:batch])
+    return model(x, time, text, rope_table(GRID, CONFIG.head_dim))
+
+
+def without_kernels(run: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(jit, "available", lambda: False)
+        return run()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_blocks_compute_the_same(precision: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exact as with the library's operations; the same bytes again; and it is kernels that ran."""
+    if precision == "int8" and not int8.int8_is_fast():
+        pytest.skip("no fast 8-bit instructions here")
+    model = model_in(precision)
+    exact = velocity(model_in("exact"), batch)
+    calls: list[str] = []
+    plain = jit.Compiled.__call__
+    monkeypatch.setattr(
+        jit.Compiled, "__call__", lambda self, *a, **k: calls.append(self.name) or plain(self, *a, **k)
+    )
+    got = velocity(model, batch)
+    used = {name.rpartition("_")[0].split("_")[0] for name in calls}
+    assert used >= {"normed", "heads", "gated", "softmax"}
+    assert ("gelu" in used) == (precision == "int8")
+    calls.clear()
+    library = without_kernels(lambda: velocity(model, batch), monkeypatch)
+    assert not calls
+    assert error(got, exact) < 1.15 * error(library, exact) < (0.03 if precision == "int8" else 0.01)
+    assert torch.equal(velocity(model, batch), got)
+
+
+def test_threads_change_nothing() -> None:
+    found, before, x = [], torch.get_num_threads(), random(1, 280, 128)
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        found.append(kernels.normed_bfloat16(x, torch.ones(1, 128), torch.zeros(1, 128), 1e-6))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_mutant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rotation, a gate that is forgotten, keys that are none."""
+    model, exact = model_in("bf16"), velocity(model_in("exact"))
+    usual = error(velocity(model), exact)
+    heads, gated, softmax = kernels.heads, kernels.add_gated, kernels.softmax_
+    mutants = {
+        "heads": lambda *a, **k: heads(*a, **{**k, "rope": None}),
+        "add_gated": lambda x, y, step, bias, gate, first: gated(x, y, step, bias, 1.0, first),
+        "softmax_": lambda logits, n: softmax(logits, logits.shape[1]),
+    }
+    for name, mutant in mutants.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, name, mutant)
+            assert error(velocity(model), exact) > 2 * usual, name
+
+
+def test_who_uses_kernels() -> None:
+    x = random(1, 280, 128)
+    layer = model_in("bf16").blocks[0].self_attn.q
+    assert fused.can(x, layer)
+    assert not fused.can(x[:, :200], layer)  # too few
+    assert not fused.can(x.bfloat16(), layer)
+    assert not fused.can(random(1, 280, 120), layer)
+    assert not fused.can(x, torch.nn.Linear(128, 128))
+    assert not fused.can(x, model_in("exact").blocks[0].self_attn.q)
+    with torch.inference_mode(False), torch.enable_grad():
+        assert not fused.can(torch.zeros(1, 280, 128), layer)
+    handle = layer.register_forward_pre_hook(lambda *_: None)
+    assert not fused.can(x, layer)  # somebody wants to see what goes in
+    handle.remove()
+    assert fused.can(x, layer)
+
+
+def test_activations_are_made_only_if_they_are_needed() -> None:
+    made: list[str] = []
+
+    def plain() -> Tensor:
+        made.append("x")
+        return random(3, 4)
+
+    lazy = Shared(plain, shape=torch.Size((3, 4)), ways={"short": lambda: made.append("short") or 1})
+    assert lazy.shape == (3, 4)
+    assert [lazy.made("short", lambda x: 2) for _ in range(2)] == [1, 1]
+    assert made == ["short"]
+    assert lazy.made("long", lambda x: x.sum()) == lazy.x.sum()
+    assert made == ["short", "x"]
