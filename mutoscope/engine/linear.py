@@ -185,7 +185,7 @@ class Unpacked:
     def linear(
         self, x: Tensor | Shared, weight: Packed, bias: Tensor | None, *, gelu: bool = False
     ) -> Tensor:
-        w = self._unpacked(weight)
+        w = self.unpacked(weight)
         x = x.made(str(self.dtype), self._convert) if isinstance(x, Shared) else x.to(self.dtype)
         b = None if bias is None else bias.to(self.dtype)
         if self.fuses_gelu(w.device):
@@ -197,7 +197,7 @@ class Unpacked:
             weight.drop_pages()
         return y
 
-    def _unpacked(self, weight: Packed) -> Tensor:
+    def unpacked(self, weight: Packed) -> Tensor:
         """The weight's numbers; those of the last one are still in the buffer if it is asked for again."""
         if self._held is None or self._held[0] is not weight.data:
             self._held = None  # whatever happens now, the buffer is written to

@@ -157,7 +157,7 @@ class Wide:
         if self._buffer is None or self._buffer.numel() < n * (k + r):
             self._buffer = torch.empty(n * (k + r), dtype=up.dtype, device=up.device)
         weight = self._buffer[: n * (k + r)].view(n, k + r)
-        weight[:, :k] = layer.weight.values(up.dtype, layer.precision.buffer(up.device))
+        weight[:, :k] = layer.precision.unpacked(layer.weight)
         weight[:, k:] = up
         bias = None if layer.bias is None else layer.bias.to(up.dtype)
         return linear_pointwise(torch.cat((x, side), -1), weight, bias, gelu=True)
