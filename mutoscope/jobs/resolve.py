@@ -60,7 +60,7 @@ def resolve(spec: JobSpec, model: Model) -> Resolved:
         prompt=spec.prompt or " .", negative_prompt=spec.negative_prompt, conditioning=Conditioning(),
         width=width, height=height, frames=frames, fps=fps, steps=spec.steps, guidance=spec.guidance,
         shift=spec.shift, sampler=spec.sampler, seed=seed, quality=spec.quality, loras=switches.taken(spec, model),
-        guidance_interval=spec.guidance_interval, guidance_kind=spec.guidance_kind, cache=spec.cache,
+        guidance_interval=spec.interval, guidance_kind=spec.guidance_kind, cache=spec.cache,
     )  # fmt: skip
     try:
         done = plan(asked, manifest)

@@ -134,8 +134,11 @@ class JobSpec(Strict):
         None, description="unipc, dpm++, euler; distill4 for step-distilled models and LoRAs."
     )
     loras: tuple[Lora, ...] = Field((), max_length=16, description="Changes of the model, by name.")
-    guidance_interval: tuple[Annotated[float, Fraction], Annotated[float, Fraction]] = Field(
-        (0.0, 1.0), description="Fractions of the steps that are guided; the others take half the time."
+    guidance_interval: tuple[Annotated[float, Fraction], ...] = Field(
+        (0.0, 1.0),
+        min_length=2,
+        max_length=2,
+        description="Fractions of the steps that are guided; the others take half the time.",
     )
     guidance_kind: str = Field(
         "cfg",
@@ -176,6 +179,11 @@ class JobSpec(Strict):
         if generates and not self.prompt.strip() and not has_start and not self.references:
             raise ValueError("prompt is empty and there is no picture or clip to start from")
         return self
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """`guidance_interval`, which has two numbers."""
+        return self.guidance_interval[0], self.guidance_interval[1]
 
     def media(self) -> tuple[Media, ...]:
         """All files that the job needs, in a fixed order."""

@@ -56,7 +56,7 @@ def generation_request(
         seed=resolved.seed,
         quality=spec.quality,
         loras=loras,
-        guidance_interval=spec.guidance_interval,
+        guidance_interval=spec.interval,
         guidance_kind=spec.guidance_kind,
         cache=spec.cache,
     )

@@ -19,7 +19,8 @@ from mutoscope.jobs.router import Router, Rules
 from mutoscope.jobs.spec import Strict
 from mutoscope.jobs.view import iso
 from mutoscope.server import edge
-from mutoscope.server.api.shape import DIALECT, answers, integer, nothing, one_of, parsed, query, takes
+from mutoscope.server.api import schemas
+from mutoscope.server.api.shape import DIALECT, answers, gives, integer, nothing, one_of, parsed, query, takes
 from mutoscope.server.context import Context
 from mutoscope.server.edge import Reply
 
@@ -71,7 +72,7 @@ def _money(api: APIRouter, ctx: Context) -> None:
         openapi_extra=query(
             start="First day, YYYY-MM-DD.", before="The day after the last one.", format="json or csv"
         ),
-        responses=answers("text/csv"),
+        responses=answers("text/csv", schemas.USAGE),
         summary="What was spent, by day, model and key; ?format=csv",
     )
     async def usage_by_day(request: Request) -> Response:
@@ -88,7 +89,7 @@ def _money(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.get("/credits", summary="Balance, plan and limits")
+    @api.get("/credits", responses=gives(schemas.CREDITS), summary="Balance, plan and limits")
     async def credits(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             account, plan = caller.account, plans.plan_of(caller.account)
@@ -101,7 +102,7 @@ def _money(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.get("/plans", summary="All plans, and the price list")
+    @api.get("/plans", responses=gives(schemas.PLANS), summary="All plans, and the price list")
     async def plan_list(request: Request) -> Response:
         def act(_tx: Tx, _caller: Caller) -> Reply:
             shown = [asdict(p) | {"usd_per_year": p.usd_per_year} for p in plans.PLANS.values()]
@@ -138,7 +139,13 @@ def _routers(api: APIRouter, ctx: Context) -> None:
             **times,
         }
 
-    @api.post("/routers", openapi_extra=takes(RouterBody), status_code=201, summary="Make a router")
+    @api.post(
+        "/routers",
+        openapi_extra=takes(RouterBody),
+        status_code=201,
+        responses=gives(schemas.ROUTER, 201),
+        summary="Make a router",
+    )
     async def create(request: Request) -> Response:
         def act(tx: Tx, caller: Caller, body: RouterBody) -> Reply:
             rules = Rules(**body.rules.model_dump())
@@ -147,7 +154,7 @@ def _routers(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, lambda body: parsed(RouterBody, body), act, DIALECT)
 
-    @api.get("/routers", summary="Your routers")
+    @api.get("/routers", responses=gives(schemas.listing(schemas.ROUTER)), summary="Your routers")
     async def listing(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             found = router.listing(tx, caller.account.id)
@@ -155,14 +162,19 @@ def _routers(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.get("/routers/{name}", summary="One router")
+    @api.get("/routers/{name}", responses=gives(schemas.ROUTER), summary="One router")
     async def retrieve(request: Request, name: str) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             return Reply(200, shown(router.get(tx, caller.account.id, name)))
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.put("/routers/{name}", openapi_extra=takes(RouterBody), summary="Change a router")
+    @api.put(
+        "/routers/{name}",
+        openapi_extra=takes(RouterBody),
+        responses=gives(schemas.ROUTER),
+        summary="Change a router",
+    )
     async def change(request: Request, name: str) -> Response:
         def act(tx: Tx, caller: Caller, body: RouterBody) -> Reply:
             rules = Rules(**body.rules.model_dump())
@@ -186,6 +198,7 @@ def _routers(api: APIRouter, ctx: Context) -> None:
         openapi_extra=query(
             job_id="Of this job.", router_id="Of this router.", limit="int: 1 to 100, 50 unless said"
         ),
+        responses=gives(schemas.listing(schemas.DECISION)),
         summary="Routing decisions, newest first; ?job_id=, ?router_id=",
     )
     async def decisions(request: Request) -> Response:
@@ -225,7 +238,13 @@ def _webhooks(api: APIRouter, ctx: Context) -> None:
         waits = {"next_at": iso(found.next_at) if found.state == "pending" else None}
         return {name: getattr(found, name) for name in names} | times | waits
 
-    @api.post("/webhooks", openapi_extra=takes(WebhookBody), status_code=201, summary="Tell this URL")
+    @api.post(
+        "/webhooks",
+        openapi_extra=takes(WebhookBody),
+        status_code=201,
+        responses=gives(schemas.with_secret(schemas.ENDPOINT), 201),
+        summary="Tell this URL",
+    )
     async def create(request: Request) -> Response:
         def act(tx: Tx, caller: Caller, body: WebhookBody) -> Reply:
             made = endpoints.create(tx, ctx.settings, caller.account.id, body.url, body.events)
@@ -233,7 +252,9 @@ def _webhooks(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, lambda body: parsed(WebhookBody, body), act, DIALECT)
 
-    @api.get("/webhooks", summary="Your webhook endpoints")
+    @api.get(
+        "/webhooks", responses=gives(schemas.listing(schemas.ENDPOINT)), summary="Your webhook endpoints"
+    )
     async def listing(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             found = endpoints.listing(tx, caller.account.id)
@@ -246,6 +267,7 @@ def _webhooks(api: APIRouter, ctx: Context) -> None:
         openapi_extra=query(
             endpoint_id="To this endpoint.", job_id="About this job.", limit="int: 1 to 100, 50 unless said"
         ),
+        responses=gives(schemas.listing(schemas.DELIVERY)),
         summary="What was sent, newest first",
     )
     async def deliveries(request: Request) -> Response:
@@ -259,7 +281,12 @@ def _webhooks(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.post("/webhooks/replay", openapi_extra=takes(ReplayBody), summary="Send again")
+    @api.post(
+        "/webhooks/replay",
+        openapi_extra=takes(ReplayBody),
+        responses=gives(schemas.record(replayed=schemas.WHOLE)),
+        summary="Send again",
+    )
     async def replay(request: Request) -> Response:
         def act(tx: Tx, caller: Caller, body: ReplayBody) -> Reply:
             n = outbox.replay(tx, caller.account.id, **body.model_dump())
@@ -267,21 +294,34 @@ def _webhooks(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, lambda body: parsed(ReplayBody, body or {}), act, DIALECT)
 
-    @api.get("/webhooks/secret", summary="What signs the webhooks of single jobs (webhook_url)")
+    @api.get(
+        "/webhooks/secret",
+        responses=gives(schemas.record(secrets=schemas.NAMES)),
+        summary="What signs the webhooks of single jobs (webhook_url)",
+    )
     async def own_secret(request: Request) -> Response:
         def act(tx: Tx, caller: Caller, _: None) -> Reply:
             return Reply(200, {"secrets": list(endpoints.account_secrets(tx, caller.account.id))})
 
         return await edge.write(ctx, request, nothing, act, DIALECT)
 
-    @api.get("/webhooks/{endpoint_id}", summary="One webhook endpoint, with its secret")
+    @api.get(
+        "/webhooks/{endpoint_id}",
+        responses=gives(schemas.with_secret(schemas.ENDPOINT)),
+        summary="One webhook endpoint, with its secret",
+    )
     async def retrieve(request: Request, endpoint_id: str) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             return Reply(200, endpoint(endpoints.get(tx, caller.account.id, endpoint_id), secret=True))
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.put("/webhooks/{endpoint_id}", openapi_extra=takes(WebhookBody), summary="Change or enable it again")
+    @api.put(
+        "/webhooks/{endpoint_id}",
+        openapi_extra=takes(WebhookBody),
+        responses=gives(schemas.ENDPOINT),
+        summary="Change or enable it again",
+    )
     async def change(request: Request, endpoint_id: str) -> Response:
         def act(tx: Tx, caller: Caller, body: WebhookBody) -> Reply:
             made = endpoints.update(
@@ -305,14 +345,23 @@ def _webhooks(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, nothing, act, DIALECT)
 
-    @api.post("/webhooks/{endpoint_id}/test", status_code=202, summary="Send a ping")
+    @api.post(
+        "/webhooks/{endpoint_id}/test",
+        status_code=202,
+        responses=gives(schemas.DELIVERY, 202),
+        summary="Send a ping",
+    )
     async def ping(request: Request, endpoint_id: str) -> Response:
         def act(tx: Tx, caller: Caller, _: None) -> Reply:
             return Reply(202, delivery(outbox.ping(tx, caller.account.id, endpoint_id)))
 
         return await edge.write(ctx, request, nothing, act, DIALECT)
 
-    @api.post("/webhooks/{endpoint_id}/rotate", summary="A new secret; the old one signs for another day")
+    @api.post(
+        "/webhooks/{endpoint_id}/rotate",
+        responses=gives(schemas.SECRET),
+        summary="A new secret; the old one signs for another day",
+    )
     async def rotate(request: Request, endpoint_id: str) -> Response:
         def act(tx: Tx, caller: Caller, _: None) -> Reply:
             return Reply(200, {"secret": endpoints.rotate(tx, caller.account.id, endpoint_id)})

@@ -15,7 +15,8 @@ from mutoscope.jobs.service import need_scope
 from mutoscope.jobs.spec import Strict
 from mutoscope.jobs.view import iso
 from mutoscope.server import edge
-from mutoscope.server.api.shape import DIALECT, nothing, parsed, takes
+from mutoscope.server.api import schemas
+from mutoscope.server.api.shape import DIALECT, gives, nothing, parsed, takes
 from mutoscope.server.context import Context
 from mutoscope.server.edge import Reply
 
@@ -65,7 +66,13 @@ def key_json(key: Key) -> dict[str, Any]:
 
 
 def add(api: APIRouter, ctx: Context) -> None:
-    @api.post("/accounts", openapi_extra=takes(AccountBody), status_code=201, summary="Make an account")
+    @api.post(
+        "/accounts",
+        openapi_extra=takes(AccountBody),
+        status_code=201,
+        responses=gives(schemas.ACCOUNT, 201),
+        summary="Make an account",
+    )
     async def create(request: Request) -> Response:
         def act(tx: Tx, caller: Caller, body: AccountBody) -> Reply:
             need_scope(caller, "admin")
@@ -74,7 +81,7 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, lambda body: parsed(AccountBody, body), act, DIALECT)
 
-    @api.get("/accounts", summary="All accounts")
+    @api.get("/accounts", responses=gives(schemas.listing(schemas.ACCOUNT)), summary="All accounts")
     async def listing(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             need_scope(caller, "admin")
@@ -82,7 +89,12 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.patch("/accounts/{name}", openapi_extra=takes(AccountChange), summary="Change an account")
+    @api.patch(
+        "/accounts/{name}",
+        openapi_extra=takes(AccountChange),
+        responses=gives(schemas.ACCOUNT),
+        summary="Change an account",
+    )
     async def change(request: Request, name: str) -> Response:
         def act(tx: Tx, caller: Caller, body: AccountChange) -> Reply:
             need_scope(caller, "admin")
@@ -91,7 +103,12 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, lambda body: parsed(AccountChange, body), act, DIALECT)
 
-    @api.post("/accounts/{name}/credits", openapi_extra=takes(GrantBody), summary="Give credits")
+    @api.post(
+        "/accounts/{name}/credits",
+        openapi_extra=takes(GrantBody),
+        responses=gives(schemas.ACCOUNT),
+        summary="Give credits",
+    )
     async def grant(request: Request, name: str) -> Response:
         def act(tx: Tx, caller: Caller, body: GrantBody) -> Reply:
             need_scope(caller, "admin")
@@ -101,7 +118,13 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, lambda body: parsed(GrantBody, body), act, DIALECT)
 
-    @api.post("/keys", openapi_extra=takes(KeyBody), status_code=201, summary="Make a key; shown once")
+    @api.post(
+        "/keys",
+        openapi_extra=takes(KeyBody),
+        status_code=201,
+        responses=gives(schemas.with_secret(schemas.KEY), 201),
+        summary="Make a key; shown once",
+    )
     async def create_key(request: Request) -> Response:
         def act(tx: Tx, caller: Caller, body: KeyBody) -> Reply:
             need_scope(caller, "admin")
@@ -111,7 +134,9 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, lambda body: parsed(KeyBody, body), act, DIALECT)
 
-    @api.get("/keys", summary="All keys, without their secrets")
+    @api.get(
+        "/keys", responses=gives(schemas.listing(schemas.KEY)), summary="All keys, without their secrets"
+    )
     async def keys(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             need_scope(caller, "admin")
@@ -119,7 +144,7 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.delete("/keys/{key_id}", summary="Revoke a key")
+    @api.delete("/keys/{key_id}", responses=gives(schemas.KEY), summary="Revoke a key")
     async def revoke(request: Request, key_id: str) -> Response:
         def act(tx: Tx, caller: Caller, _: None) -> Reply:
             need_scope(caller, "admin")
@@ -127,7 +152,7 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, nothing, act, DIALECT)
 
-    @api.get("/workers", summary="The workers")
+    @api.get("/workers", responses=gives(schemas.listing(schemas.WORKER)), summary="The workers")
     async def worker_list(request: Request) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             need_scope(caller, "admin")

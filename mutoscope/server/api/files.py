@@ -17,7 +17,8 @@ from mutoscope.jobs.model import Caller
 from mutoscope.jobs.spec import Strict
 from mutoscope.jobs.view import iso
 from mutoscope.server import edge
-from mutoscope.server.api.shape import DIALECT, integer, nothing, parsed, query, takes
+from mutoscope.server.api import schemas
+from mutoscope.server.api.shape import DIALECT, gives, integer, nothing, parsed, query, takes
 from mutoscope.server.context import Context
 from mutoscope.server.edge import Reply
 
@@ -54,7 +55,15 @@ def shown(asset: Asset) -> dict[str, Any]:
 
 
 def add(api: APIRouter, ctx: Context) -> None:
-    @api.post("/files", openapi_extra=_TAKES, status_code=201, summary="Upload a file, or announce one")
+    @api.post(
+        "/files",
+        openapi_extra=_TAKES,
+        status_code=201,
+        responses=gives(
+            schemas.with_fields(schemas.FILE, upload_url=schemas.TEXT, sometimes=("upload_url",)), 201
+        ),
+        summary="Upload a file, or announce one",
+    )
     async def create(request: Request) -> Response:
         def parse(body: Any) -> tuple[inline.Inline | None, str]:
             if not isinstance(body, FormData):
@@ -83,6 +92,7 @@ def add(api: APIRouter, ctx: Context) -> None:
     @api.get(
         "/files",
         openapi_extra=query(limit="int: 1 to 100, 50 unless said"),
+        responses=gives(schemas.listing(schemas.FILE)),
         summary="Your files, newest first",
     )
     async def listing(request: Request) -> Response:
@@ -92,7 +102,11 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.get("/files/{file_id}", summary="One file")
+    @api.get(
+        "/files/{file_id}",
+        responses=gives(schemas.with_fields(schemas.FILE, url=schemas.maybe(schemas.TEXT))),
+        summary="One file",
+    )
     async def retrieve(request: Request, file_id: str) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             asset = assets.get(tx, caller.account.id, file_id, states=("pending", "ready"))

@@ -14,9 +14,11 @@ from mutoscope.jobs.errors import Conflict, InvalidRequest, NotFound
 from mutoscope.jobs.model import Caller, Job, State
 from mutoscope.jobs.spec import JobSpec
 from mutoscope.server import edge, files
+from mutoscope.server.api import schemas
 from mutoscope.server.api.shape import (
     DIALECT,
     answers,
+    gives,
     integer,
     nothing,
     one_of,
@@ -42,6 +44,7 @@ def add(api: APIRouter, ctx: Context) -> None:
         "/jobs",
         openapi_extra=takes(JobSpec) | query(router="Id or slug of a router that decides."),
         status_code=201,
+        responses=gives(schemas.JOB, 201),
         summary="Make a video or picture",
     )
     async def create(request: Request) -> Response:
@@ -55,6 +58,7 @@ def add(api: APIRouter, ctx: Context) -> None:
     @api.post(
         "/estimates",
         openapi_extra=takes(JobSpec) | query(router="Id or slug of a router that decides."),
+        responses=gives(schemas.ESTIMATE),
         summary="What a job would cost and take",
     )
     async def estimate(request: Request) -> Response:
@@ -74,6 +78,7 @@ def add(api: APIRouter, ctx: Context) -> None:
             state="One or more, separated by commas.",
             batch_id="Only those of a batch.",
         ),
+        responses=gives(schemas.JOBS),
         summary="Your jobs, newest first",
     )
     async def listing(request: Request) -> Response:
@@ -91,14 +96,14 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.get("/jobs/{job_id}", summary="One job")
+    @api.get("/jobs/{job_id}", responses=gives(schemas.JOB), summary="One job")
     async def retrieve(request: Request, job_id: str) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             return Reply(200, shown(ctx, request, tx, ctx.service.get(tx, caller, job_id)))
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.post("/jobs/{job_id}/cancel", summary="Stop a job")
+    @api.post("/jobs/{job_id}/cancel", responses=gives(schemas.JOB), summary="Stop a job")
     async def cancel(request: Request, job_id: str) -> Response:
         def act(tx: Tx, caller: Caller, _: None) -> Reply:
             return Reply(200, shown(ctx, request, tx, ctx.service.cancel(tx, caller, job_id)))

@@ -19,7 +19,8 @@ from mutoscope.jobs.registry import AUTO, Model, OfferedLora
 from mutoscope.jobs.spec import Strict
 from mutoscope.jobs.view import iso
 from mutoscope.server import edge
-from mutoscope.server.api.shape import DIALECT, parsed, takes
+from mutoscope.server.api import schemas
+from mutoscope.server.api.shape import DIALECT, gives, parsed, takes
 from mutoscope.server.context import Context
 from mutoscope.server.edge import Reply
 
@@ -68,7 +69,11 @@ def shown_lora(lora: OfferedLora, *, digest: bool = False) -> dict[str, Any]:
 
 
 def add(api: APIRouter, ctx: Context) -> None:
-    @api.get("/loras", summary="The LoRAs that can be named, and the models that take them")
+    @api.get(
+        "/loras",
+        responses=gives(schemas.listing(schemas.LORA)),
+        summary="The LoRAs that can be named, and the models that take them",
+    )
     async def loras(request: Request) -> Response:
         def act(_tx: Tx, _caller: Caller) -> Reply:
             data = [shown_lora(lora) for lora in ctx.registry.loras()]
@@ -76,7 +81,11 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.get("/loras/{name}", summary="One LoRA, with the SHA-256 of its file")
+    @api.get(
+        "/loras/{name}",
+        responses=gives(schemas.with_fields(schemas.LORA, sha256=schemas.TEXT)),
+        summary="One LoRA, with the SHA-256 of its file",
+    )
     async def lora(request: Request, name: str) -> Response:
         def act(_tx: Tx, _caller: Caller) -> Reply:
             for found in ctx.registry.loras():
@@ -86,7 +95,7 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.get("/models", summary="The models that are installed")
+    @api.get("/models", responses=gives(schemas.MODELS), summary="The models that are installed")
     async def listing(request: Request) -> Response:
         def act(_tx: Tx, _caller: Caller) -> Reply:
             return Reply(200, {"object": "list", "data": [shown(m) for m in ctx.registry.models()],
@@ -94,7 +103,12 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.post("/prompts", openapi_extra=takes(PromptBody), summary="Words that a model does not know")
+    @api.post(
+        "/prompts",
+        openapi_extra=takes(PromptBody),
+        responses=gives(schemas.PROMPT_REPORT),
+        summary="Words that a model does not know",
+    )
     async def prompts(request: Request) -> Response:
         def act(_tx: Tx, _caller: Caller, body: PromptBody) -> Reply:
             name = ctx.registry.target(body.model)
@@ -105,7 +119,7 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.write(ctx, request, lambda body: parsed(PromptBody, body), act, DIALECT)
 
-    @api.get("/ping", summary="Is my key good?")
+    @api.get("/ping", responses=gives(schemas.PING), summary="Is my key good?")
     async def ping(request: Request) -> Response:
         def act(_tx: Tx, caller: Caller) -> Reply:
             return Reply(200, {"message": "pong", "version": __version__, "account": caller.account.name})

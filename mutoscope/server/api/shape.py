@@ -74,7 +74,12 @@ def nothing(_: Any) -> None:
 
 def takes(kind: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:
     """OpenAPI of a body that is parsed by hand."""
-    return {"requestBody": {"required": True, "content": {media_type: {"schema": _inlined(kind)}}}}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {media_type: {"schema": inlined(kind.model_json_schema())}},
+        }
+    }
 
 
 def query(**names: str) -> dict[str, Any]:
@@ -87,16 +92,24 @@ def query(**names: str) -> dict[str, Any]:
     return {"parameters": parameters}
 
 
-def answers(media_type: str) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI of an answer that is not JSON."""
+def answers(media_type: str, json: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI of an answer that is not JSON, or only if it is asked for."""
+    content = {media_type: {"schema": {"type": "string"}}}
     return {
-        200: {"description": "Successful Response", "content": {media_type: {"schema": {"type": "string"}}}}
+        200: {
+            "description": "Done",
+            "content": content | ({"application/json": {"schema": json}} if json else {}),
+        }
     }
 
 
-def _inlined(kind: type[BaseModel]) -> dict[str, Any]:
+def gives(schema: dict[str, Any], status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI of an answer in JSON; `schemas.py` has them."""
+    return {status: {"description": "Done", "content": {"application/json": {"schema": schema}}}}
+
+
+def inlined(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema without references: each $ref replaced by what it means."""
-    schema = kind.model_json_schema()
     definitions = schema.pop("$defs", {})
 
     def resolve(node: Any) -> Any:
