@@ -64,12 +64,13 @@ def job_ids(tx: Tx, batch_id: str) -> Iterator[str]:
 
 
 def on_end(tx: Tx, batch_id: str) -> None:
-    """A job of the batch has ended: if it was the last one, so has the batch."""
+    """A job of the batch has ended: if it was the last one, and all were made, so has the batch."""
+    whole = sa.or_(batches.c.made == batches.c.total, batches.c.state == CANCELLED)
     left = (jobs.c.batch_id == batch_id, jobs.c.state.not_in(list(TERMINAL)))
     last_first = jobs.c.batch_index.desc()  # they end in about their order, so what is left is found at once
     if tx.first(sa.select(jobs.c.id).where(*left).order_by(last_first).limit(1)) is not None:
         return
-    end = sa.update(batches).where(batches.c.id == batch_id, batches.c.finished_at.is_(None))
+    end = sa.update(batches).where(batches.c.id == batch_id, batches.c.finished_at.is_(None), whole)
     state = sa.case((batches.c.state == RUNNING, FINISHED), else_=batches.c.state)
     row = tx.first(end.values(state=state, finished_at=tx.now).returning(*batches.c))
     if row is not None:
@@ -109,6 +110,9 @@ def _batch(tx: Tx, row: Row[Any]) -> Batch:
         counts[State(state)] = int(n)
         done += float(n) if State(state) in TERMINAL else float(progress or 0.0)
         credits += int(captured or 0)
+    if row.confirmed_at is not None:  # those to come wait too, until somebody does not want them any more
+        counts[State.QUEUED if row.state == RUNNING else State.CANCELLED] += row.total - row.made
+        done += 0 if row.state == RUNNING else row.total - row.made
     names = ("id", "account_id", "name", "state", "priority", "total", "estimate", "metadata", "created_at",
              "confirmed_at", "finished_at")  # fmt: skip
     values = {name: row._mapping[name] for name in names}

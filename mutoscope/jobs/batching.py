@@ -1,8 +1,15 @@
-"""Making batches: all items are checked and priced before the first job exists, or none is made."""
+"""Making batches: all items are checked and priced before the first job exists, or none is made.
+
+What is accepted is written in one transaction: the batch, its credits, and its first jobs. If there are many, `go_on`
+makes the others in pieces, so that nobody else waits for long; whoever looks counts them as queued already. If the
+process dies in between, housekeeping goes on.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,16 +20,24 @@ from pydantic import ValidationError
 from mutoscope.jobs import accounts, assets, batches, endpoints, ledger, plainjson, plans, queue
 from mutoscope.jobs import router as routing
 from mutoscope.jobs.batches import Batch
-from mutoscope.jobs.database import Tx
+from mutoscope.jobs.database import Database, Tx
 from mutoscope.jobs.errors import Conflict, InvalidRequest, JobsError
-from mutoscope.jobs.model import Caller, Priority, State, new_id
+from mutoscope.jobs.model import Account, Caller, Priority, State, new_id
 from mutoscope.jobs.schema import batches as table
 from mutoscope.jobs.schema import jobs
 from mutoscope.jobs.service import Prepared, Service, check_metadata, need_scope
 from mutoscope.jobs.spec import JobSpec
 from mutoscope.jobs.view import Link, public
 
+log = logging.getLogger("mutoscope.jobs")
+
 MAX_ITEMS = 10_000
+PIECE = 250
+"""Jobs that one transaction makes."""
+MOST_PAUSE_S = 0.3
+"""Between two pieces is a pause as long as a piece takes: SQLite lets in who asks, not who has waited longest."""
+LEFT_S = 60.0
+"""A batch that is not complete after that long was left by a process that died."""
 DIALECT = "api"
 
 
@@ -37,33 +52,44 @@ def create(
     priority: Priority = Priority.NORMAL,
     webhook_url: str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    prepared: Sequence[Prepared] = (),
 ) -> Batch:
     """A batch: started at once, or only priced and kept until `confirm`. `priority` is of items that have none.
+    `prepared`: what `prepare` made of them before, so that others need not wait for it.
 
     Raises:
         InvalidRequest: no items, too many, or one that cannot be run; named by its number from 1.
     """
     need_scope(caller, "jobs")
     accounts.get(tx, caller.account.id, hold=True)
-    if not 1 <= len(specs) <= MAX_ITEMS:
-        raise InvalidRequest(f"{len(specs)} items, expected 1 to {MAX_ITEMS}.", field="items")
+    prepared = prepared or prepare(tx, service, caller, specs, priority)
     if webhook_url is not None:
         endpoints.check_url(webhook_url, service.settings, field="webhook_url")
-    specs = [
-        spec if "priority" in spec.model_fields_set else spec.model_copy(update={"priority": priority.value})
-        for spec in specs
-    ]
-    prepared = _prepare(tx, service, caller, specs)
     row: dict[str, Any] = {
         "id": new_id(), "account_id": caller.account.id, "key_id": caller.key_id, "name": name,
         "state": batches.PRICED, "priority": priority.value, "total": len(specs), "webhook_url": webhook_url,
-        "estimate": _estimate(service, prepared), "items": [spec.dump() for spec in specs],
+        "estimate": _estimate(service, prepared), "items": [] if confirm else [p.new.spec for p in prepared],
         "metadata": dict(metadata or {}), "created_at": tx.now,
     }  # fmt: skip
     tx.run(sa.insert(table).values(row))
     if confirm:
         _start(tx, service, caller, row["id"], prepared)
     return batches.get(tx, caller.account.id, row["id"])
+
+
+def prepare(
+    tx: Tx, service: Service, caller: Caller, specs: Sequence[JobSpec], priority: Priority
+) -> list[Prepared]:
+    """Each item checked, routed and priced. Changes nothing.
+
+    Raises:
+        InvalidRequest: see `create`.
+    """
+    if not 1 <= len(specs) <= MAX_ITEMS:
+        raise InvalidRequest(f"{len(specs)} items, expected 1 to {MAX_ITEMS}.", field="items")
+    own = {"priority": priority.value}
+    return _prepare(tx, service, caller,
+                    [s if "priority" in s.model_fields_set else s.model_copy(update=own) for s in specs])  # fmt: skip
 
 
 def confirm(tx: Tx, service: Service, caller: Caller, batch_id: str) -> Batch:
@@ -93,10 +119,14 @@ def cancel(tx: Tx, caller: Caller, batch_id: str) -> Batch:
     batch = batches.get(tx, caller.account.id, batch_id)
     if batch.state in (batches.FINISHED, batches.CANCELLED):
         return batch
-    change = sa.update(table).where(table.c.id == batch_id)
+    mine = table.c.id == batch_id
+    ledger.hold(
+        tx, batch.account_id, -tx.scalar(sa.select(table.c.held).where(mine)), batch_id, overdraft=True
+    )
     ended = {"finished_at": tx.now} if batch.state == batches.PRICED else {}
-    tx.run(change.values(state=batches.CANCELLED, items=[], **ended))
+    tx.run(sa.update(table).where(mine).values(state=batches.CANCELLED, items=[], held=0, **ended))
     queue.cancel_waiting(tx, batch_id)
+    batches.on_end(tx, batch_id)  # what was made may have ended before
     runs = sa.select(jobs.c.id).where(jobs.c.batch_id == batch_id, jobs.c.state == State.RUNNING)
     for row in tx.all(runs.order_by(jobs.c.seq)):
         queue.cancel(tx, row.id)
@@ -182,25 +212,112 @@ def _prepare(tx: Tx, service: Service, caller: Caller, specs: Sequence[JobSpec])
     return made
 
 
+def go_on(db: Database, service: Service, batch_id: str) -> None:
+    """Make the jobs of a started batch that are still to come. Two that do it at once take turns."""
+    columns = (table.c.account_id, table.c.key_id, table.c.state, table.c["items"])
+    try:
+        with db.read() as tx:
+            row = tx.first(sa.select(*columns).where(table.c.id == batch_id))
+        if row is None or row.state != batches.RUNNING:
+            return
+        more = bool(row._mapping["items"])
+        while more:
+            began = time.monotonic()
+            with db.write() as tx:
+                more = _next_piece(tx, service, _owner(tx, row), batch_id, row._mapping["items"])
+            time.sleep(min(MOST_PAUSE_S, time.monotonic() - began) if more else 0)
+    except sa.exc.OperationalError as e:
+        log.warning("batch %s: the database: %s; housekeeping goes on with it", batch_id, e.orig)
+    except JobsError as e:  # a model or file is gone that was there when it was accepted
+        log.warning("batch %s: the rest cannot be made and is cancelled: %s", batch_id, e)
+        with db.write() as tx:
+            cancel(tx, _owner(tx, row), batch_id)
+
+
+def _owner(tx: Tx, row: Any) -> Caller:
+    """Who the batch belongs to, held."""
+    account = accounts.get(tx, row.account_id, hold=True)
+    return Caller(account=account, key_id=row.key_id, scopes=("jobs",))
+
+
+def go_on_with_left(db: Database, service: Service) -> int:
+    """Batches that a process which died has left; how many."""
+    with db.read() as tx:
+        left = sa.select(table.c.id).where(table.c.state == batches.RUNNING, table.c.made < table.c.total)
+        found = [row.id for row in tx.all(left.where(table.c.confirmed_at < tx.now - LEFT_S))]
+    for batch_id in found:
+        go_on(db, service, batch_id)
+    return len(found)
+
+
 def _start(tx: Tx, service: Service, caller: Caller, batch_id: str, prepared: Sequence[Prepared]) -> None:
     account = accounts.get(tx, caller.account.id)
     plan, cost = plans.plan_of(account), sum(p.new.cost for p in prepared)
     plans.check_quota(tx, account, cost=cost, jobs_asked=len(prepared))
     if not plan.overdraft:
         ledger.cover(account.balance, cost, jobs=len(prepared))
-    room = plans.room(tx, account.id)
     numbered = sorted(enumerate(prepared), key=lambda p: (p[1].new.model, p[1].new.resolved.shape, p[0]))
+    rest = [{"index": i, "cost": p.new.cost, "spec": dict(p.new.spec)} for i, p in numbered[PIECE:]]
+    held = sum(p.new.cost for _, p in numbered[PIECE:])
+    ledger.hold(tx, account.id, held, batch_id, overdraft=plan.overdraft)
+    _make(tx, account, batch_id, numbered[:PIECE], overdraft=plan.overdraft)
+    named = {asset for p in prepared for asset in _assets({**p.new.spec, "metadata": {}})}
+    assets.used(tx, sorted(named), hours=service.settings.upload_hours)
+    mine = sa.update(table).where(table.c.id == batch_id)
+    made = {"made": len(prepared) - len(rest), "held": held, "items": rest}
+    tx.run(mine.values(state=batches.RUNNING, confirmed_at=tx.now, **made))
+
+
+def _next_piece(
+    tx: Tx, service: Service, caller: Caller, batch_id: str, items: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Make some of what is to come; False: that was all. `items` are those that the batch began without."""
+    mine = table.c.id == batch_id
+    row = tx.first(sa.select(table.c.state, table.c.made, table.c.total, table.c.held).where(mine))
+    if row is None or row.state != batches.RUNNING or row.made >= row.total:
+        return False
+    first = row.made - (row.total - len(items))
+    part = items[first : first + PIECE]
+    prepared = _prepare(tx, service, caller, [JobSpec.model_validate(item["spec"]) for item in part])
+    numbered = [
+        (
+            item["index"],
+            replace(p, new=replace(p.new, cost=min(p.new.cost, item["cost"]))),
+        )  # as it was accepted
+        for item, p in zip(part, prepared, strict=True)
+    ]
+    made, held = row.made + len(part), sum(item["cost"] for item in part)
+    ledger.hold(tx, caller.account.id, -held, batch_id, overdraft=True)
+    _make(tx, caller.account, batch_id, numbered, overdraft=True)  # it was covered when it was accepted
+    tx.run(sa.update(table).where(mine).values(made=made, held=row.held - held))
+    if made < row.total:
+        return True
+    tx.run(sa.update(table).where(mine).values(items=[]))
+    batches.on_end(tx, batch_id)
+    return False
+
+
+def _make(
+    tx: Tx, account: Account, batch_id: str, numbered: Sequence[tuple[int, Prepared]], *, overdraft: bool
+) -> None:
+    room = plans.room(tx, account.id)
     news = [
         replace(p.new, batch_id=batch_id, batch_index=index, admit=place < room)
         for place, (index, p) in enumerate(numbered)
     ]
-    made = queue.insert_many(tx, news)
-    ledger.reserve_many(tx, made, overdraft=plan.overdraft)
-    routing.keep_many(tx, account.id, [(p.decision, p.new.id) for p in prepared])
-    named = {m.asset for p in prepared for m in JobSpec.model_validate(p.new.spec).media() if m.asset}
-    assets.used(tx, sorted(named), hours=service.settings.upload_hours)
-    mine = sa.update(table).where(table.c.id == batch_id)
-    tx.run(mine.values(state=batches.RUNNING, items=[], confirmed_at=tx.now))
+    ledger.reserve_many(tx, queue.insert_many(tx, news), overdraft=overdraft)
+    routing.keep_many(tx, account.id, [(p.decision, p.new.id) for _, p in numbered])
+
+
+def _assets(spec: Any) -> Iterator[str]:
+    """Ids of the files that a dumped spec names."""
+    if isinstance(spec, dict):
+        if isinstance(spec.get("asset"), str):
+            yield spec["asset"]
+        spec = list(spec.values())
+    if isinstance(spec, list):
+        for part in spec:
+            yield from _assets(part)
 
 
 def _estimate(service: Service, prepared: Sequence[Prepared]) -> dict[str, Any]:

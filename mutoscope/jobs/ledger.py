@@ -9,6 +9,9 @@ Every entry moves an amount from one book account to another:
     capture   held:A      -> income      at success, what it costs
     release   held:A      -> wallet:A    the rest; all of it at failure and at cancel
 
+A large batch holds what its jobs may cost before it makes them: a reserve without a job, given back piece by piece as
+the jobs reserve for themselves.
+
 `accounts.balance` is the wallet and `accounts.reserved` is what is held, changed in the same transaction. A job has
 at most one entry of each kind (a unique key), so nothing is charged twice. A job that is cancelled costs nothing, even
 if it ran: it is one's own machine.
@@ -104,6 +107,25 @@ def reserve_many(tx: Tx, made: Sequence[Job], *, overdraft: bool = False) -> Non
     common = {"at": tx.now, "account_id": account_id, "kind": "reserve", "note": "", **books}
     rows = [{**common, "job_id": j.id, "key_id": j.key_id, "model": j.model, "amount": j.cost} for j in made]
     tx.conn.execute(sa.insert(ledger), rows)
+
+
+def hold(tx: Tx, account_id: str, amount: int, note: str, *, overdraft: bool = False) -> None:
+    """Hold credits for jobs that will be made. `note` names what for; below 0: give them back.
+
+    Raises:
+        OutOfCredits: the balance does not cover it (never with `overdraft`).
+    """
+    if not amount:
+        return
+    change = sa.update(accounts).where(accounts.c.id == account_id)
+    if not overdraft:
+        change = change.where(accounts.c.balance >= amount)
+    moved = {"balance": accounts.c.balance - amount, "reserved": accounts.c.reserved + amount}
+    if not tx.run(change.values(moved)):
+        cover(int(tx.scalar(sa.select(accounts.c.balance).where(accounts.c.id == account_id))), amount)
+    books = (wallet(account_id), held(account_id))
+    kind, (debit, credit) = ("reserve", books) if amount > 0 else ("release", books[::-1])
+    _enter(tx, account_id, kind, debit, credit, abs(amount), note=note)
 
 
 def settle(tx: Tx, ended: Sequence[Job]) -> dict[str, int]:

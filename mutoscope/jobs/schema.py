@@ -164,7 +164,9 @@ batches = Table(
     Column("priority", Text, nullable=False),
     Column("total", Integer, nullable=False),
     Column("estimate", JSON, nullable=False),
-    Column("items", JSON, nullable=False),  # kept while only priced, empty once confirmed
+    Column("items", JSON, nullable=False),  # kept while only priced, or while their jobs are being made
+    Column("made", Integer, nullable=False, default=0, server_default="0"),  # jobs that there are
+    Column("held", BigInteger, nullable=False, default=0, server_default="0"),  # credits for those to come
     Column("webhook_url", Text),
     Column("metadata", JSON, nullable=False, default=dict),
     Column("created_at", Float, nullable=False),

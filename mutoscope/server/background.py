@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import sqlalchemy as sa
 
-from mutoscope.jobs import assets, housekeeping, webhooks
+from mutoscope.jobs import assets, batching, housekeeping, webhooks
 from mutoscope.media import sandbox
 from mutoscope.server.context import Context
 
@@ -28,6 +28,7 @@ class Loops:
         settings = ctx.settings
         self._threads = [
             self._loop("housekeeping", SWEEP_S, lambda: housekeeping.sweep(ctx.db, settings)),
+            self._loop("batches", SWEEP_S, lambda: batching.go_on_with_left(ctx.db, ctx.service)),
             self._loop("webhooks", DELIVER_S, lambda: webhooks.deliver_due(
                 ctx.db, settings, render=render, should_stop=self._stop.is_set)),
             self._loop("orphans", ORPHANS_S, lambda: _sweep_orphans(ctx)),

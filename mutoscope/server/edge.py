@@ -128,12 +128,14 @@ async def write(
     dialect: Dialect,
     *,
     max_bytes: int | None = None,
+    before: Callable[[Tx, Caller, Parsed], Parsed] | None = None,
     after: Callable[[Reply], Awaitable[None]] | None = None,
 ) -> Response:
     """A request that changes something. `parse` gets the JSON, the FormData of a multipart body, the text of a body of
     JSON Lines, or None.
 
-    `after` may wait for something once all is written; it holds no thread.
+    `before` may look around first, where nobody has to wait for it. `after` may wait for something once all is written;
+    it holds no thread.
 
     What goes wrong once a POST without an Idempotency-Key may have been carried out tells SDKs not to repeat it.
     """
@@ -143,6 +145,9 @@ async def write(
         nonlocal would_double, fresh
         caller = _caller(ctx, request)
         parsed = parse(body.value(dialect))
+        if before is not None:
+            with ctx.db.read() as tx:
+                parsed = before(tx, caller, parsed)
         key = request.headers.get("idempotency-key") if request.method == "POST" else None
         asked = f"?{request.url.query}" if request.url.query else ""  # options may be there
         route = f"{request.method} {request.url.path}{asked}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,11 +12,13 @@ from starlette.datastructures import FormData, UploadFile
 
 from mutoscope.jobs import batches, batching, plainjson
 from mutoscope.jobs.database import Tx
-from mutoscope.jobs.errors import InvalidRequest
+from mutoscope.jobs.errors import InvalidRequest, JobsError
 from mutoscope.jobs.model import Caller, Priority
+from mutoscope.jobs.service import Prepared
 from mutoscope.jobs.spec import JobSpec, Strict
 from mutoscope.server import edge
-from mutoscope.server.api.shape import DIALECT, answers, integer, nothing, parsed, query, takes
+from mutoscope.server.api import schemas
+from mutoscope.server.api.shape import DIALECT, answers, gives, integer, nothing, parsed, query, takes
 from mutoscope.server.context import Context
 from mutoscope.server.edge import Reply
 
@@ -30,6 +34,15 @@ class BatchBody(Strict):
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A batch that was sent, and what its items come to."""
+
+    body: BatchBody
+    specs: list[JobSpec]
+    prepared: Sequence[Prepared] = ()
+
+
 _TAKES = takes(BatchBody)
 _TAKES["requestBody"]["content"] |= {
     "application/jsonl": {"schema": {"type": "string", "description": "A job a line; the rest in the query."}},
@@ -43,30 +56,49 @@ _TAKES["requestBody"]["content"] |= {
 
 
 def add(api: APIRouter, ctx: Context) -> None:
-    @api.post("/batches", openapi_extra=_TAKES, status_code=201, summary="Many jobs at once")
+    async def complete(reply: Reply) -> None:
+        """What was accepted is there when the answer is."""
+        if reply.body["total"] > batching.PIECE:
+            await edge.on_thread(lambda: batching.go_on(ctx.db, ctx.service, reply.body["id"]))
+
+    @api.post(
+        "/batches",
+        openapi_extra=_TAKES,
+        status_code=201,
+        responses=gives(schemas.BATCH, 201),
+        summary="Many jobs at once",
+    )
     async def create(request: Request) -> Response:
-        def parse(body: Any) -> tuple[BatchBody, list[JobSpec]]:
+        def parse(body: Any) -> Asked:
             if isinstance(body, str):  # JSON Lines, with the rest in the query
-                return _options(dict(request.query_params)), batching.parse(body)
+                return Asked(_options(dict(request.query_params)), batching.parse(body))
             if isinstance(body, FormData):
                 text = _file(body)
-                return _options(_fields(body)), batching.parse(text)
+                return Asked(_options(_fields(body)), batching.parse(text))
             batch = parsed(BatchBody, body)
-            return batch, [batching.item(value, i) for i, value in enumerate(batch.items)]
+            return Asked(batch, [batching.item(value, i) for i, value in enumerate(batch.items)])
 
-        def act(tx: Tx, caller: Caller, asked: tuple[BatchBody, list[JobSpec]]) -> Reply:
-            body, specs = asked
+        def before(tx: Tx, caller: Caller, asked: Asked) -> Asked:
+            try:
+                found = batching.prepare(tx, ctx.service, caller, asked.specs, asked.body.priority)
+            except JobsError:  # `create` says it again, unless this is a repeat that has its answer already
+                return asked
+            return replace(asked, prepared=found)
+
+        def act(tx: Tx, caller: Caller, asked: Asked) -> Reply:
+            body = asked.body
             batch = batching.create(
-                tx, ctx.service, caller, specs, confirm=body.confirm, name=body.name, priority=body.priority,
-                webhook_url=body.webhook_url, metadata=body.metadata,
+                tx, ctx.service, caller, asked.specs, confirm=body.confirm, name=body.name, priority=body.priority,
+                webhook_url=body.webhook_url, metadata=body.metadata, prepared=asked.prepared,
             )  # fmt: skip
             return Reply(201, batches.public(batch), {"location": f"/api/v1/batches/{batch.id}"})
 
-        return await edge.write(ctx, request, parse, act, DIALECT)
+        return await edge.write(ctx, request, parse, act, DIALECT, before=before, after=complete)
 
     @api.get(
         "/batches",
         openapi_extra=query(limit="int: 1 to 100, 20 unless said", offset="int: how many to pass over"),
+        responses=gives(schemas.listing(schemas.BATCH)),
         summary="Your batches, newest first",
     )
     async def listing(request: Request) -> Response:
@@ -77,21 +109,25 @@ def add(api: APIRouter, ctx: Context) -> None:
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.get("/batches/{batch_id}", summary="One batch")
+    @api.get("/batches/{batch_id}", responses=gives(schemas.BATCH), summary="One batch")
     async def retrieve(request: Request, batch_id: str) -> Response:
         def act(tx: Tx, caller: Caller) -> Reply:
             return Reply(200, batches.public(batches.get(tx, caller.account.id, batch_id)))
 
         return await edge.read(ctx, request, act, DIALECT)
 
-    @api.post("/batches/{batch_id}/confirm", summary="Start a batch that was only priced")
+    @api.post(
+        "/batches/{batch_id}/confirm",
+        responses=gives(schemas.BATCH),
+        summary="Start a batch that was only priced",
+    )
     async def confirm(request: Request, batch_id: str) -> Response:
         def act(tx: Tx, caller: Caller, _: None) -> Reply:
             return Reply(200, batches.public(batching.confirm(tx, ctx.service, caller, batch_id)))
 
-        return await edge.write(ctx, request, nothing, act, DIALECT)
+        return await edge.write(ctx, request, nothing, act, DIALECT, after=complete)
 
-    @api.post("/batches/{batch_id}/cancel", summary="Stop a batch")
+    @api.post("/batches/{batch_id}/cancel", responses=gives(schemas.BATCH), summary="Stop a batch")
     async def cancel(request: Request, batch_id: str) -> Response:
         def act(tx: Tx, caller: Caller, _: None) -> Reply:
             return Reply(200, batches.public(batching.cancel(tx, caller, batch_id)))

@@ -9,7 +9,10 @@ import pytest
 import sqlalchemy as sa
 from api_house import DRAFT, House
 
-from mutoscope.jobs import accounts, ledger
+from mutoscope.jobs import accounts, batching, ledger
+from mutoscope.jobs.errors import InvalidRequest
+from mutoscope.jobs.model import Caller
+from mutoscope.jobs.spec import JobSpec
 
 LINES = '{"prompt": "one", "quality": "draft"}\n\n{"prompt": "two", "quality": "draft", "seed": 7}\n'
 
@@ -224,3 +227,95 @@ def test_the_query_is_part_of_the_request(house: House) -> None:
     assert first.json()["state"] == "priced"
     assert house.call("POST", "/batches", params={"confirm": "false"}, **given).json() == first.json()
     assert house.call("POST", "/batches", params={"confirm": "true"}, **given).status_code == 422
+
+
+# -- many jobs are made in pieces ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "PIECE", 2)
+
+
+def _accepted(house: House, n: int) -> str:
+    """A batch as it is when the process dies behind the answer's transaction."""
+    with house.db.write() as tx:
+        account = accounts.get(tx, "default")
+        caller = Caller(account=account, key_id="key", scopes=("jobs",))
+        specs = [JobSpec.model_validate(item) for item in items(n)]
+        return batching.create(tx, house.app.state.ctx.service, caller, specs).id
+
+
+def _is_sound(house: House, reserved: int) -> None:
+    with house.db.read() as tx:
+        assert ledger.check(tx) == []
+        assert ledger.unsettled(tx) == []
+    assert house.get("/credits")["reserved"] == reserved
+
+
+def test_the_answer_comes_when_all_pieces_are_made(either_house: House, pieces: None) -> None:
+    house = either_house
+    made = house.post("/batches", {"items": items(5)})
+    assert (made["state"], made["counts"]["queued"], made["progress"]) == ("running", 5, 0.0)
+    jobs = house.get("/jobs", params={"batch_id": made["id"], "order": "asc"})["data"]
+    assert [job["batch_index"] for job in jobs] == [0, 1, 2, 3, 4]
+    assert [job["spec"]["prompt"] for job in jobs] == [f"ball {i}" for i in range(5)]
+    _is_sound(house, 20)
+    for _ in range(5):
+        house.succeed(house.claim())
+    done = house.get(f"/batches/{made['id']}")
+    assert (done["state"], done["credits"], done["counts"]["succeeded"]) == ("finished", 20, 5)
+    _is_sound(house, 0)
+
+
+def test_what_a_dead_process_left_is_made_by_housekeeping(
+    either_house: House, pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house, service = either_house, either_house.app.state.ctx.service
+    batch_id = _accepted(house, 5)
+    _is_sound(house, 20)
+    for _ in range(2):
+        house.succeed(house.claim())
+    half = house.get(f"/batches/{batch_id}")
+    assert (half["state"], half["progress"]) == ("running", 0.4)
+    assert (half["counts"]["succeeded"], half["counts"]["queued"]) == (2, 3)
+    assert batching.go_on_with_left(house.db, service) == 0  # somebody may be at it
+    monkeypatch.setattr(batching, "LEFT_S", -1.0)
+    assert batching.go_on_with_left(house.db, service) == 1
+    _is_sound(house, 12)
+    assert house.get("/jobs", params={"batch_id": batch_id})["total"] == 5
+    for _ in range(3):
+        house.succeed(house.claim())
+    assert house.get(f"/batches/{batch_id}")["state"] == "finished"
+    assert batching.go_on_with_left(house.db, service) == 0
+    _is_sound(house, 0)
+
+
+def test_a_cancel_between_two_pieces(either_house: House, pieces: None) -> None:
+    house = either_house
+    batch_id = _accepted(house, 5)
+    house.succeed(house.claim())
+    house.succeed(house.claim())
+    stopped = house.post(f"/batches/{batch_id}/cancel", expect=200)
+    assert (stopped["state"], stopped["progress"]) == ("cancelled", 1.0)
+    assert (stopped["counts"]["succeeded"], stopped["counts"]["cancelled"]) == (2, 3)
+    assert stopped["finished_at"] is not None
+    batching.go_on(house.db, house.app.state.ctx.service, batch_id)
+    assert house.get("/jobs", params={"batch_id": batch_id})["total"] == 2
+    _is_sound(house, 0)
+
+
+def test_what_cannot_be_made_any_more_is_cancelled(
+    either_house: House, pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house, service = either_house, either_house.app.state.ctx.service
+    batch_id = _accepted(house, 5)
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise InvalidRequest("No model 'pocket'.", field="model")
+
+    monkeypatch.setattr(service, "prepare", gone)
+    batching.go_on(house.db, service, batch_id)
+    left = house.get(f"/batches/{batch_id}")
+    assert (left["state"], left["counts"]["cancelled"]) == ("cancelled", 5)
+    _is_sound(house, 0)

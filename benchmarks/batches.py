@@ -1,0 +1,109 @@
+"""How long others wait while a large batch is made: in one write, and in pieces, in turns in one run.
+
+    python -m benchmarks.batches [--items 10000] [--rounds 2] [--database-url postgresql+psycopg://...]
+
+Jobs are submitted by the clock, one every EVERY_S, from a thread beside the batch; a latency counts from when the job
+should have been submitted to its commit. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from mutoscope.jobs import accounts, batching, ledger, migrations
+from mutoscope.jobs.database import Database
+from mutoscope.jobs.model import Caller, Priority
+from mutoscope.jobs.service import Service
+from mutoscope.jobs.spec import JobSpec
+from mutoscope.settings import Settings
+
+EVERY_S = 0.1
+ALONE_S = 3.0
+
+
+def caller_of(db: Database, name: str) -> Caller:
+    with db.write() as tx:
+        accounts.create(tx, name, account_id=name)
+        key, _ = accounts.create_key(tx, name, "bench")
+        return Caller(account=accounts.get(tx, name), key_id=key.id, scopes=("jobs",))
+
+
+def beside(db: Database, service: Service, caller: Caller, until: threading.Event) -> list[float]:
+    """Latencies of single jobs, seconds."""
+    found, due = [], time.monotonic()
+    while not until.is_set():
+        with db.write() as tx:
+            service.submit(tx, caller, JobSpec(prompt="a red ball", quality="draft"), dialect="api")
+        found.append(time.monotonic() - due)
+        due += EVERY_S
+        time.sleep(max(0.0, due - time.monotonic()))
+    return found
+
+
+def during(
+    db: Database, service: Service, callers: tuple[Caller, Caller], n: int, piece: int
+) -> dict[str, float]:
+    """Make a batch with others beside it; 0 items: nobody does."""
+    batching.PIECE = piece
+    specs = [JobSpec(prompt=f"a red ball number {i}", quality="draft") for i in range(n)]
+    over = threading.Event()
+    latencies: list[float] = []
+    other = threading.Thread(target=lambda: latencies.extend(beside(db, service, callers[1], over)))
+    other.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    if n:
+        in_pieces = piece < n
+        with db.read() as tx:
+            prepared = batching.prepare(tx, service, callers[0], specs, Priority.NORMAL) if in_pieces else ()
+        with db.write() as tx:
+            batch = batching.create(tx, service, callers[0], specs, prepared=prepared)
+        batching.go_on(db, service, batch.id)
+    else:
+        time.sleep(ALONE_S)
+    took = time.monotonic() - began
+    over.set()
+    other.join()
+    if n:
+        with db.read() as tx:
+            assert ledger.check(tx) == []
+            assert sum(batching.batches.get(tx, "big", batch.id).counts.values()) == n
+        with db.write() as tx:
+            batching.cancel(tx, callers[0], batch.id)
+    ordered = sorted(latencies)
+    return {"took_s": took, "p50_ms": 1e3 * statistics.median(ordered), "most_ms": 1e3 * ordered[-1],
+            "p90_ms": 1e3 * ordered[int(0.9 * (len(ordered) - 1))]}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--items", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--database-url", default="")
+    asked = parser.parse_args()
+    found: dict[str, list[dict[str, float]]] = {}
+    piece = batching.PIECE
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(data_dir=Path(folder), database_url=asked.database_url)
+        db = Database(settings.database)
+        migrations.upgrade(db)
+        service = Service.make(settings)
+        callers = caller_of(db, "big"), caller_of(db, "small")
+        for _ in range(asked.rounds):
+            for name, n, size in (("alone", 0, piece), ("one write", asked.items, asked.items),
+                                  (f"pieces of {piece}", asked.items, piece)):  # fmt: skip
+                row = during(db, service, callers, n, size)
+                found.setdefault(name, []).append(row)
+                print(f"{name:<15}", "  ".join(f"{k} {v:8.1f}" for k, v in row.items()), flush=True)
+        db.close()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
