@@ -16,6 +16,7 @@ import io
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -604,7 +605,7 @@ def preview_uri(preview: Preview) -> str:
 
 def _base_names(text: str) -> str:
     """Paths shortened to names: where the server keeps things is nobody's business."""
-    return " ".join(Path(word).name if word.startswith("/") else word for word in text.split(" "))
+    return re.sub(r"(?<![^\s'\"(])/[^\s'\"]*?([^\s'\"/]+)(?=$|[\s'\"])", r"\1", text)
 
 
 def _without_paths(value: Any, folder: Path) -> Any:

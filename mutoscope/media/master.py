@@ -9,7 +9,6 @@ HDR10 says in its headers: BT.2020, PQ, mastered for 1000 cd/m2 on BT.2020 prima
 
 from __future__ import annotations
 
-import errno
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from mutoscope.errors import MediaError, ResourceError
 from mutoscope.media import hdr as light
 from mutoscope.media.read import EXACT_COLOURS
-from mutoscope.media.write import comment_of
+from mutoscope.media.write import NO_ROOM, comment_of
 from mutoscope.request import FramesHWC
 
 FORMATS = ("hdr10", "hlg", "prores", "exr_sequence")
@@ -171,7 +170,7 @@ class MasterWriter:
         try:
             yield
         except (av.FFmpegError, OSError, ValueError) as e:
-            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(e, "errno", None) in NO_ROOM:
                 raise ResourceError(f"{self.path}: the disk is full after {self.n} frames.") from e
             raise MediaError(f"{self.path}: cannot be written ({e}).") from e
 

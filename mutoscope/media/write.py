@@ -42,6 +42,9 @@ from mutoscope.media.frames import check_frames
 from mutoscope.media.read import EXACT_COLOURS, MAX_FPS, MAX_PIXELS, probe
 from mutoscope.request import FramesHWC
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk is full, a quota is used up, a file may not become larger."""
+
 ENCODER_THREADS = 4
 """Fixed, because x264 and libvpx write other bytes with another number of threads."""
 METADATA_KEY = "mutoscope"
@@ -445,7 +448,7 @@ class VideoWriter:
                 raise
             raise type(e)(f"{self.path}: {e.message}", hint=e.hint) from e
         except (av.FFmpegError, OSError, ValueError) as e:
-            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(e, "errno", None) in NO_ROOM:
                 raise ResourceError(
                     f"{self.path}: the disk is full after {self.frames} frames.", hint="Free some space."
                 ) from e

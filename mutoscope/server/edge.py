@@ -42,6 +42,8 @@ LINES = ("application/jsonl", "application/x-ndjson", "application/jsonlines")
 AT_ONCE = 24
 """Requests that are worked on at the same time; more wait their turn."""
 SEEN_EVERY_S = 60.0
+NO_ROOM = ("disk is full", "No space left on device")
+"""In the words of SQLite and PostgreSQL, which undo the whole transaction then."""
 UNSURE = "Something went wrong when the request was carried out, or after: it may have had its effect."
 
 
@@ -62,6 +64,13 @@ class Busy(errors.JobsError):
 
     code = "busy"
     retry_after_s = 1.0
+
+
+class Full(Busy):
+    """The database found no room on its disk; nothing was changed."""
+
+    code = "storage_full"
+    retry_after_s = 60.0
 
 
 class Unsure(MutoscopeError):
@@ -261,6 +270,9 @@ async def _guarded(
         return refuse(e, dialect)
     except sa.exc.OperationalError as e:
         log.warning("the database: %s", e.orig)
+        if any(words in str(e.orig) for words in NO_ROOM):
+            hint = "Whoever runs the server has to free some; jobs that were accepted go on then."
+            return refuse(Full("The server's disk is full; nothing was changed.", hint=hint), dialect)
         if would_double():
             return refuse(Unsure(UNSURE, hint="Look whether it is there before you send it again."), dialect)
         return refuse(Busy("The database is busy; nothing was changed.", hint="Try again."), dialect)
@@ -408,6 +420,7 @@ __all__ = [
     "BodyTooLarge",
     "Busy",
     "Dialect",
+    "Full",
     "MethodNotAllowed",
     "Reply",
     "Unsure",

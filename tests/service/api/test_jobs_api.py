@@ -7,8 +7,10 @@ import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from api_house import DRAFT, House
 
 from mutoscope.jobs import accounts, housekeeping, idempotency, queue
@@ -271,3 +273,28 @@ def test_names_that_a_spreadsheet_would_run(house: House) -> None:
 def test_the_first_start_makes_one_key(house: House) -> None:
     with house.db.write() as tx:
         assert accounts.first_run(tx) is None  # there are accounts
+
+
+def test_a_full_disk_refuses_and_changes_nothing(house: House) -> None:
+    """SQLite says the same of a database that may not grow as of a full disk."""
+
+    def full(raw: Any, _record: Any) -> None:
+        (pages,) = raw.execute("PRAGMA page_count").fetchone()
+        raw.execute(f"PRAGMA max_page_count = {pages}")
+
+    long = {"prompt": "a red ball " * 1500, "quality": "draft"}
+    headers = {"idempotency-key": "once"}
+    house.get("/jobs")  # the key was seen: nothing else is to be written
+    house.db.engine.dispose()
+    sa.event.listen(house.db.engine, "connect", full)
+    got = house.call("POST", "/jobs", long, headers=headers)
+    assert got.status_code == 503
+    assert got.json()["error"]["code"] == "storage_full"
+    assert "nothing was changed" in got.json()["error"]["message"]
+    assert (got.headers["retry-after"], got.headers["x-should-retry"]) == ("60", "true")
+    assert house.get("/jobs")["total"] == 0
+    assert house.get("/credits")["reserved"] == 0
+    sa.event.remove(house.db.engine, "connect", full)
+    house.db.engine.dispose()
+    assert house.call("POST", "/jobs", long, headers=headers).status_code == 201
+    assert house.get("/jobs")["total"] == 1

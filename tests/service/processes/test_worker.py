@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import sqlalchemy as sa
 from PIL import Image
 
 from mutoscope.errors import FileError, ResourceError
-from mutoscope.events import Event, Stage, Step
+from mutoscope.events import Event, Frames, Result, Stage, Step
 from mutoscope.jobs import assets, eta, inline, queue, workers
 from mutoscope.jobs.model import Failure, State
 from mutoscope.jobs.schema import timings
@@ -23,6 +25,8 @@ from mutoscope.media import deliver
 from mutoscope.media.read import probe
 from mutoscope.media.write import read_metadata
 from mutoscope.request import GenerationRequest
+from mutoscope.settings import Settings
+from mutoscope.worker import Worker
 from tests.service.fakes import FakeRunner
 from tests.service.processes.conftest import House
 
@@ -243,6 +247,78 @@ def test_a_full_disk_is_said_so(house: House, monkeypatch: pytest.MonkeyPatch) -
     assert (job.state, job.failure) == (State.FAILED, Failure.STORAGE)
     monkeypatch.undo()
     assert house.wait(house.submit("steps=2")).state is State.SUCCEEDED
+    house.assert_sound()
+
+
+class Noisy(FakeRunner):
+    """Makes a video that no codec makes small, and says when its last frame is there."""
+
+    def __init__(self, device: str, settings: Settings, before_last: Callable[[], None]) -> None:
+        super().__init__(device, settings)
+        self.before_last = before_last
+
+    def run(self, request: GenerationRequest) -> Iterator[Event]:
+        rng, n = np.random.default_rng(1), request.frames or 1
+        yield Step(i=1, n=1, seconds=0.0, eta_seconds=0.0)
+        for done in range(1, n + 1):
+            if done == n:
+                self.before_last()
+            noise = rng.integers(0, 256, (1, request.height or 16, request.width or 16, 3)).astype(np.uint8)
+            yield Frames(frames=noise, done=done, of=n)
+        yield Result(seconds=0.0)
+
+
+@contextmanager
+def no_file_above(n_bytes: int) -> Iterator[Callable[[], None]]:
+    """Writes beyond that size fail, as they do on a full disk; the function gives room again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def lift() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield lift
+    finally:
+        lift()
+
+
+def test_a_disk_that_is_full_while_the_video_is_written(house: House) -> None:
+    """The limit is real: the operating system refuses to write. The database still has room."""
+    clip = {"width": 512, "height": 512, "frames": 33}
+    house.worker(Noisy("cpu", house.settings, lambda: None))
+    usual = house.wait(house.submit("noise", **clip))
+    largest = max(file.stat().st_size for file in house.settings.data_dir.glob("mutoscope.db*"))
+    limit = largest + 200_000  # what the database writes meanwhile
+    assert usual.outputs[0].size_bytes > limit
+    with no_file_above(limit):
+        job = house.wait(house.submit("noise", **clip))
+    assert (job.state, job.failure) == (State.FAILED, Failure.STORAGE)
+    assert "disk is full" in job.message
+    assert house.wait(house.submit("noise", **clip)).state is State.SUCCEEDED
+    house.assert_sound()
+
+
+def test_a_disk_that_is_full_for_the_database_too(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the video nor its failure can be written; the worker tries until there is room, and nothing is lost."""
+    with ExitStack() as disk:
+        lift: list[Callable[[], None]] = []
+        runner = Noisy("cpu", house.settings, lambda: lift.append(disk.enter_context(no_file_above(1))))
+        worker = Worker(house.db, house.settings, runner, device="cpu")
+        tries: list[float] = []
+
+        def wait(timeout: float | None = None) -> bool:
+            tries.append(timeout or 0.0)
+            if len(tries) == 2:
+                lift[0]()
+            return False
+
+        monkeypatch.setattr(worker._ended, "wait", wait)
+        job_id = house.submit("noise")
+        assert worker.turn()
+    assert len(tries) == 2
+    job = house.get(job_id)
+    assert (job.state, job.failure, job.cost_captured) == (State.FAILED, Failure.STORAGE, 0)
     house.assert_sound()
 
 
