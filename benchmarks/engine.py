@@ -2,6 +2,7 @@
 
     make bench                          # six minutes on two cores, 2 GB of disk while it runs
     python -m benchmarks.engine --quick # one minute: fewer layers, a smaller picture
+    python -m benchmarks.engine --only dit --sd-cpp ~/stable-diffusion.cpp/build/bin/sd-cli
 
 Same file, same inputs, same process; contenders run in turns and the warm-up is left out. Both sides compute in
 bfloat16 (float32 on processors without it), ours also in the default precision, from GGUF (transformer) and 16-bit
@@ -29,6 +30,7 @@ from typing import Any
 
 PUBLISHED_LAYERS = 30
 PROMPT_TOKENS = 60
+SD_CPP = "stable-diffusion.cpp"
 QUIET = 1.25
 """Slowest over fastest round of one contender, above which a run is not worth reporting."""
 
@@ -82,11 +84,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--precisions", type=lambda text: text.split(","), default=["auto", "bf16"], help="default: auto,bf16"
     )
+    parser.add_argument(
+        "--sd-cpp", type=Path, help="the program of stable-diffusion.cpp, as another contender for `dit`"
+    )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--files", type=Path, help="folder where model files are kept and found again")
     args = parser.parse_args()
     args.size = args.size or ((256, 128, 9) if args.quick else (480, 256, 9))
     args.layers = args.layers or (4 if args.quick else PUBLISHED_LAYERS)
+    if args.sd_cpp and args.layers not in (30, 40):
+        parser.error(f"--sd-cpp: it runs 30 or 40 layers only, not {args.layers}")
+    if args.sd_cpp and not os.access(args.sd_cpp, os.X_OK):
+        parser.error(f"--sd-cpp {args.sd_cpp}: is no program")
     args.vae_size = args.vae_size or ((128, 128, 5) if args.quick else (240, 128, 9))
     return args
 
@@ -142,7 +151,7 @@ def transformer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One forward at noise level 700 for one prompt, batch 1, in each precision."""
     import torch
 
-    from benchmarks import ceilings, peers
+    from benchmarks import ceilings, peers, sdcpp
     from benchmarks.measure import in_turns, relative_error
     from mutoscope.engine import pages
     from mutoscope.engine.int8 import int8_is_fast
@@ -187,7 +196,12 @@ def transformer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         model.time_modulation(t)
 
     runs["once per clip"] = once_per_clip
-    seconds = in_turns(runs, args.rounds)
+    others: dict[str, Callable[[], float]] = {}
+    if args.sd_cpp:
+        threads = torch.get_num_threads()
+        case = sdcpp.StableDiffusionCpp(args.sd_cpp, path, _vae_file(folder), args.size, threads)
+        others[SD_CPP] = case.step
+    seconds = in_turns(runs, args.rounds, others=others)
 
     linear = ceilings.linear_flops(config, tokens)
     attention = ceilings.attention_flops(config, tokens, PROMPT_TOKENS + 1)
@@ -217,13 +231,19 @@ def transformer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         row["diffusers_over_this_of_minima"] = theirs / row["min_s"]
         integers = name in ("auto", "int8") and "integer products" in floors
         row["share_of_floor"] = floors["integer products" if integers else "products"] / row["min_s"]
+        if SD_CPP in seconds:
+            row["sd_cpp_over_this"] = seconds[SD_CPP].median / row["median_s"]
         report[name] = row
         print(
             f"  {name:<10} {row['median_s']:7.2f} s ({row['min_s']:.2f} to {row['max_s']:.2f})  error "
             f"{row['relative_error']:.4f}  diffusers / this {row['diffusers_over_this']:.2f} (of minima "
             f"{row['diffusers_over_this_of_minima']:.2f})"
             + (f"  floor / this {row['share_of_floor']:.2f}" if name not in ("exact", "diffusers") else "")
+            + (f"  {SD_CPP} / this {row['sd_cpp_over_this']:.2f}" if "sd_cpp_over_this" in row else "")
         )
+    if SD_CPP in seconds:
+        report[SD_CPP] = seconds[SD_CPP].as_json()
+        print(f"  {SD_CPP}, flash attention {seconds[SD_CPP]}")
     report["quiet"] = all(report[n]["max_s"] < QUIET * report[n]["min_s"] for n in (*models, "diffusers"))
     if not report["quiet"]:
         print("  The machine was busy with other things: medians mean little, minima more. Run again.")
@@ -239,6 +259,16 @@ def _file(folder: Path, args: argparse.Namespace) -> tuple[Any, Path]:
     if not path.exists():
         write_random_model(config, path, args.type)
     return config, path
+
+
+def _vae_file(folder: Path) -> Path:
+    """A full-size VAE of random weights, written if it is not there."""
+    from scripts.make_random_model import CONFIGS, write_random_model
+
+    path = folder / "vae-F16.safetensors"
+    if not path.exists():
+        write_random_model(CONFIGS["vae"], path, "F16")
+    return path
 
 
 def _inputs(config: Any, size: tuple[int, int, int]) -> tuple[Any, Any, Any]:
@@ -307,12 +337,9 @@ def decoder(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.measure import in_turns, relative_error
     from mutoscope.engine.linear import default_compute_dtype
     from mutoscope.engine.weights import load_vae
-    from scripts.make_random_model import CONFIGS, write_random_model
+    from scripts.make_random_model import CONFIGS
 
-    config = CONFIGS["vae"]
-    path = folder / "vae-F16.safetensors"
-    if not path.exists():
-        write_random_model(config, path, "F16")
+    config, path = CONFIGS["vae"], _vae_file(folder)
     width, height, frames = args.vae_size
     dtype = default_compute_dtype(torch.device("cpu"))
     rng = torch.Generator().manual_seed(0)

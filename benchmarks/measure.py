@@ -37,20 +37,28 @@ class Seconds:
 
 
 def in_turns(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] | None = None
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] | None = None,
+    others: Mapping[str, Callable[[], float]] | None = None,
 ) -> dict[str, Seconds]:
     """Run all contenders `rounds` times after one warm-up each, starting every round with another one.
 
     The clock, unless given, is the wall's; with one thread the processor's, which others on the machine disturb less.
+    others: contenders that warm up by themselves and return seconds of their own.
     """
     clock = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
-    names = list(contenders)
-    for name in names:
-        contenders[name]()
+    others = others or {}
+    for run in contenders.values():
+        run()
+    names = [*contenders, *others]
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         k = i % len(names)
         for name in names[k:] + names[:k]:
+            if name in others:
+                times[name].append(others[name]())
+                continue
             start = clock()
             contenders[name]()
             times[name].append(clock() - start)
