@@ -25,7 +25,8 @@ from torch import Tensor
 from benchmarks.measure import machine, relative_error
 from mutoscope import Engine
 from mutoscope.engine import latents
-from mutoscope.engine.pipeline import Models, generate
+from mutoscope.engine.models import Models
+from mutoscope.engine.pipeline import generate
 from mutoscope.engine.wan import Block
 from mutoscope.events import Frames, Stage
 from mutoscope.manifest import ModelFile

@@ -16,6 +16,9 @@ import numpy.typing as npt
 FramesHWC = npt.NDArray[np.uint8]
 """uint8 RGB, [H, W, 3] for a picture or [F, H, W, 3] for a clip."""
 
+PrecisionName = Literal["auto", "exact", "bf16", "fp16", "int8", "fp8", "q8", "q6", "q5", "q4", "q3", "q2"]
+"""How layers compute: see `engine/precision.py`."""
+
 Lora = tuple[str | Path, float | None]
 """A LoRA file, or the name of one in the model's model.toml, with its strength; None: the usual strength."""
 

@@ -17,7 +17,7 @@ from mutoscope.request import GenerationRequest
 from mutoscope.settings import Settings
 
 if TYPE_CHECKING:
-    from mutoscope.engine.pipeline import Models
+    from mutoscope.engine.models import Models
 
 
 class Runner(Protocol):
@@ -53,27 +53,28 @@ class WanRunner:
     def __init__(self, device: str, settings: Settings) -> None:
         import torch
 
+        from mutoscope.engine.devices import open_device
+
         if settings.threads and device == "cpu":
             torch.set_num_threads(settings.threads)
         self._threads = torch.get_num_threads()
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as e:
-            raise RequestError(
-                f"device {device!r}: cannot be used here ({str(e).splitlines()[0]}).",
-                hint="mutoscope doctor lists what can.",
-            ) from e
-        self.device = device
+        self.device = open_device(device, said="device ")
+        self._settings = settings
         self._models: Models | None = None
 
     def load(self, manifest: ModelManifest) -> None:
-        from mutoscope.engine.pipeline import Models
+        from mutoscope.engine.devices import has_own_memory
+        from mutoscope.engine.models import Models
         from mutoscope.machine import use_threads
 
         self.release()
         manifest.check_files()
         use_threads(manifest, self._threads)
-        models = Models(manifest, self.device)
+        s, own = self._settings, has_own_memory(self.device)
+        memory, vram = (None, s.vram or None) if own else (s.memory or None, None)
+        models = Models(
+            manifest, self.device, s.precision, memory, vram_bytes=vram, compiled=own and s.compile
+        )
         _ = models.dit, models.vae, models.text  # opened now, so that a broken file shows here
         self._models = models
 
@@ -85,9 +86,8 @@ class WanRunner:
         return generate(self._models, request)
 
     def release(self) -> None:
-        import torch
+        from mutoscope.engine.devices import empty_cache
 
         self._models = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache(self.device)

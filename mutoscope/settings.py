@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mutoscope.errors import RequestError
 from mutoscope.manifest import suggest
+from mutoscope.request import PrecisionName
 
 PREFIX = "MUTOSCOPE_"
 NOT_OURS = (
@@ -60,6 +61,14 @@ class Settings(BaseModel):
         0,
         ge=0,
         description="Threads of a CPU worker; 0: torch's choice. Small models, like the starter, use one.",
+    )
+    precision: PrecisionName = Field(
+        "auto", description="How layers compute, as `--precision` of `generate`."
+    )
+    memory: int = Field(0, ge=0, description="Of a CPU worker, as `--memory`; 0: what is free.")
+    vram: int = Field(0, ge=0, description="Of its GPU for a worker, as `--vram`; 0: what is free.")
+    compile: bool = Field(
+        False, description="On GPUs, let torch.compile fuse what is between products, as `--compile`."
     )
     preload: str = Field("pocket", description="Model that workers load at start; empty: none.")
     engine: str = Field(

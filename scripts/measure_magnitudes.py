@@ -19,7 +19,8 @@ from pathlib import Path
 
 from mutoscope import Engine
 from mutoscope.engine.cache import MagnitudeRecorder, mean_magnitudes
-from mutoscope.engine.pipeline import Models, generate
+from mutoscope.engine.models import Models
+from mutoscope.engine.pipeline import generate
 from mutoscope.events import Stage
 from mutoscope.request import GenerationRequest
 

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "direction": {"errors", "request"},
     "prompts": {"errors", "request"},
     "engine": {"catalog", "errors", "events", "manifest", "media", "planning", "request"},
-    "settings": {"errors", "manifest"},
+    "settings": {"errors", "manifest", "request"},
     "jobs": {
         "catalog",
         "digests",

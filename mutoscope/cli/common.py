@@ -11,13 +11,14 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from mutoscope.errors import Cancelled, MutoscopeError, ResourceError
+from mutoscope.request import PrecisionName
 
 BUG = 1
 """Exit code of what nobody foresaw."""
@@ -65,10 +66,25 @@ Memory = Annotated[
         show_default=False,
     ),
 ]
-Precision = Annotated[
-    Literal["auto", "exact", "bf16", "int8", "q8", "q6", "q5", "q4", "q3", "q2"],
+Vram = Annotated[
+    str | None,
     typer.Option(
-        help="How layers compute: exact is float32, auto the fastest that stays close to it; q4 packs to 4 bits first."
+        metavar="SIZE",
+        help="Stay below this of a GPU's memory, like 8GiB; blocks that do not fit travel (default: use what is free).",
+        show_default=False,
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="On GPUs, let torch.compile fuse what is between products; the first step is slow."
+    ),
+]
+Precision = Annotated[
+    PrecisionName,
+    typer.Option(
+        help="How layers compute: exact is float32, auto the fastest that stays close to it; q4 packs to 4 bits first; "
+        "fp8 is for GPUs."
     ),
 ]
 

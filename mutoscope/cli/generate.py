@@ -13,12 +13,14 @@ import typer
 from mutoscope.catalog import POCKET, default_loras_dir, find_model
 from mutoscope.cli import parse
 from mutoscope.cli.common import (
+    Compile,
     Debug,
     Device,
     Json,
     Memory,
     Precision,
     Quiet,
+    Vram,
     say,
     say_json,
     size_text,
@@ -30,7 +32,7 @@ from mutoscope.errors import Cancelled, FileError, RequestError
 from mutoscope.manifest import ModelManifest
 
 if TYPE_CHECKING:
-    from mutoscope.engine.pipeline import Models
+    from mutoscope.engine.models import Models
     from mutoscope.request import GenerationRequest, Lora
 
 _SHOW = "Pictures and clips to follow"
@@ -254,6 +256,8 @@ def generate(
     device: Device = None,
     precision: Precision = "auto",
     memory: Memory = None,
+    vram: Vram = None,
+    compile_: Compile = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -345,7 +349,7 @@ def generate(
         job.check_output()
     display = make_display(json=json_, quiet=quiet)
     _advise(jobs, manifest, output, display)
-    models = open_models(manifest, device, precision, memory)
+    models = open_models(manifest, device, precision, memory, vram, compile_)
     for job in jobs:
         result, took = _run(job, models, display, keep_latents=keep_latents)
         if json_:

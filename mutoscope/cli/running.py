@@ -13,36 +13,37 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mutoscope.cli import parse
 from mutoscope.cli.progress import Display
-from mutoscope.errors import Cancelled, RequestError
+from mutoscope.errors import Cancelled
 from mutoscope.events import Event, Frames, Result, Step
 from mutoscope.manifest import ModelManifest
 
 if TYPE_CHECKING:
-    from mutoscope.engine.pipeline import Models
+    from mutoscope.engine.models import Models
 
 
 def open_models(
-    manifest: ModelManifest, device: str | None, precision: str = "auto", memory: str | None = None
+    manifest: ModelManifest,
+    device: str | None,
+    precision: str = "auto",
+    memory: str | None = None,
+    vram: str | None = None,
+    compiled: bool = False,
 ) -> Models:
     """Opens nothing yet; but importing the engine takes a second."""
     import torch
 
-    from mutoscope.engine.pipeline import Models
+    from mutoscope.engine.devices import open_device
+    from mutoscope.engine.models import Models
     from mutoscope.engine.text_cache import default_text_cache
     from mutoscope.machine import use_threads
     from mutoscope.planning import size_bytes
 
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as e:
-        raise RequestError(
-            f"--device {chosen}: cannot be used here ({str(e).splitlines()[0]}).",
-            hint="mutoscope doctor lists what can.",
-        ) from e
+    chosen = open_device(device)
     use_threads(manifest, torch.get_num_threads())
-    promised = None if memory is None else size_bytes(memory)
-    return Models(manifest, chosen, precision, promised, default_text_cache())
+    promised, on_device = (None if text is None else size_bytes(text) for text in (memory, vram))
+    return Models(
+        manifest, chosen, precision, promised, default_text_cache(), vram_bytes=on_device, compiled=compiled
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ not know which. Inference only: the next layer overwrites the shared buffer, so 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -201,7 +202,8 @@ class Unpacked:
         """The weight's numbers; those of the last one are still in the buffer if it is asked for again."""
         if self._held is None or self._held[0] is not weight.data:
             self._held = None  # whatever happens now, the buffer is written to
-            self._held = weight.data, weight.values(self.dtype, self.buffer(weight.data.device))
+            buffer = self.buffer(weight.data.device, weight.numel)
+            self._held = weight.data, weight.values(self.dtype, buffer)
         return self._held[1]
 
     def products(
@@ -219,12 +221,19 @@ class Unpacked:
     def _convert(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
 
-    def buffer(self, device: torch.device) -> Tensor:
-        """Made at the first use, for the largest weight admitted; touched only as far as a weight reaches."""
-        if device not in self._buffers:
+    def buffer(self, device: torch.device, numel: int = 0) -> Tensor:
+        """Made at the first use. For the largest weight admitted: on the processor memory is touched only as far as a
+        weight reaches. Elsewhere for `numel`, and made anew for a larger one."""
+        size = numel if numel and device.type != "cpu" else self.buffer_numel
+        if device not in self._buffers or self._buffers[device].numel() < size:
             with torch.inference_mode(False):  # else it could not be written to outside of inference mode
-                self._buffers[device] = torch.empty(self.buffer_numel, dtype=self.dtype, device=device)
+                self._buffers[device] = torch.empty(size, dtype=self.dtype, device=device)
         return self._buffers[device]
+
+    def forget(self) -> None:
+        """Give the memory for unpacked weights back; it is made again when needed."""
+        self._held = None
+        self._buffers.clear()
 
 
 @cache
@@ -240,14 +249,23 @@ def linear_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool)
 
 
 class QuantLinear(nn.Module):
-    """`nn.Linear` on a packed weight [N, K]. `.to(device)` moves the packed bytes; the bias stays float32."""
+    """`nn.Linear` on a packed weight [N, K]; the bias is float32.
+
+    device: where it computes, if that is not where its packed bytes lie: they are copied there for each product, unless
+    `fetch` gives them (see `streaming`).
+    """
 
     takes_shared = True
     packed: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Packed, bias: Tensor | None, precision: Precision) -> None:
+    def __init__(
+        self, weight: Packed, bias: Tensor | None, precision: Precision, device: torch.device | None = None
+    ) -> None:
         super().__init__()
+        self.device = device or weight.data.device
+        self.fetch: Callable[[], Tensor] | None = None
+        self._copy: weakref.ref[Tensor] | None = None
         self.out_features, self.in_features = weight.shape
         self.type_id = weight.type_id
         self.mapped_at = weight.mapped_at
@@ -258,11 +276,26 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Packed:
+        """On the device where it computes."""
+        if self.fetch is not None:
+            data = self.fetch()
+        elif self.packed.device == self.device:
+            return self.stored
+        else:
+            there = None if self._copy is None else self._copy()  # if it was used by the last product too
+            data = self.packed.to(self.device) if there is None else there
+            self._copy = weakref.ref(data)
+            self.stored.drop_pages()
+        return Packed(data, self.type_id, (self.out_features, self.in_features))
+
+    @property
+    def stored(self) -> Packed:
+        """Where it lies."""
         return Packed(self.packed, self.type_id, (self.out_features, self.in_features), self.mapped_at)
 
     @property
     def fuses_gelu(self) -> bool:
-        return self.precision.fuses_gelu(self.packed.device)
+        return self.precision.fuses_gelu(self.device)
 
     @property
     def rows_at_once(self) -> int:
@@ -285,6 +318,11 @@ class QuantLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {GGMLType(self.type_id).name}"
 
 
+def once_per_clip(path: str) -> bool:
+    """Whether a layer of the transformer makes keys or values of the prompt: a few rows, and not in every step."""
+    return ".cross_attn.k" in path or ".cross_attn.v" in path
+
+
 def _precisions(model: nn.Module) -> list[Precision]:
     return list({layer.precision: None for layer in model.modules() if isinstance(layer, QuantLinear)})
 
@@ -292,6 +330,13 @@ def _precisions(model: nn.Module) -> list[Precision]:
 def kept_bytes(model: nn.Module) -> int:
     """Memory that its layers keep between products at the moment."""
     return sum(precision.kept_bytes for precision in _precisions(model))
+
+
+def forget_buffers(model: nn.Module) -> None:
+    """Give back what its layers hold between products on a device; large ones may not be needed again."""
+    for precision in _precisions(model):
+        if isinstance(precision, Unpacked):
+            precision.forget()
 
 
 def settle(model: nn.Module, room_bytes: int) -> int:
@@ -327,9 +372,10 @@ class QuantEmbedding(nn.Module):
 
 
 def default_compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is faster than float32: on GPUs and on CPUs with instructions for it."""
-    if device.type == "cpu" and not (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    ):
-        return torch.float32
+    """bfloat16 on GPUs and on CPUs with instructions for it; else float16 on GPUs, float32 on CPUs."""
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
     return torch.bfloat16

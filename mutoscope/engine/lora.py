@@ -89,7 +89,7 @@ class SidePath(nn.Module):
         y = _added(self.layer(given if self.takes_shared else low), side, self.up)
         if self.dense is not None:
             y = y + F.linear(low, self.dense)
-        if gelu and y.dtype == torch.float32 and not y.requires_grad:
+        if gelu and y.dtype == torch.float32 and y.device.type == "cpu" and not y.requires_grad:
             return gelu_(y)
         return F.gelu(y, approximate="tanh") if gelu else y
 
@@ -235,7 +235,8 @@ def _undo_all(undo: list[Undo]) -> None:
 def _wrap(model: nn.Module, path: str, name: str, loras: Sequence[tuple[Changes, float]], wide: Wide) -> Undo:
     layer = model.get_submodule(path)
     first = next(iter([*layer.buffers(), *layer.parameters()]))
-    device, dtype = first.device, getattr(layer, "compute_dtype", first.dtype)
+    device = getattr(layer, "device", first.device)
+    dtype = getattr(layer, "compute_dtype", first.dtype)
     pairs = [(c.pairs[name].matrices(), strength) for c, strength in loras if name in c.pairs]
     shape = (int(layer.out_features), int(layer.in_features))  # type: ignore[arg-type]
     down = torch.cat([d for (d, _), _ in pairs]) if pairs else torch.empty(0, shape[1])

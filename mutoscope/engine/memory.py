@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
+from mutoscope.engine import devices
 from mutoscope.engine.linear import default_compute_dtype
+from mutoscope.engine.quants import CHUNK_GPU
 from mutoscope.engine.tiling import TILE_PX
 from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from mutoscope.engine.wan import WanConfig
@@ -24,7 +25,10 @@ GIB = 1 << 30
 FREE_SHARE = 0.8
 """Of the free memory that may be used for keeping weights where nothing was said: others want some too."""
 RUNTIME_BYTES = 600 * MIB
-"""160 MiB of interpreter, torch and libraries; the rest is the tokenizer of a full-size text encoder."""
+"""160 MiB of interpreter, torch and libraries; the rest is the tokenizer of a full-size text encoder. On a GPU, not
+measured: its context and the workspaces of libraries."""
+UNPACKING_BYTES_ON_DEVICE = 8 * CHUNK_GPU
+"""What unpacking a weight needs there beside its result: float32 scratch, and about as much of fields of bits."""
 PROMPT_TOKENS = 130
 """Rows of text for which keys and values are kept: as many as the usual negative prompt has."""
 BATCHED_GUIDANCE_TOKENS = 4096
@@ -86,9 +90,14 @@ def estimate(config: WanConfig, width: int, height: int, frames: int, *, n_refer
 
 def available(device: torch.device) -> int:
     """Bytes that can be had without swapping."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return devices.free_bytes(device)
+
+
+def allowed(device: torch.device, promised: int | None) -> int | None:
+    """What the whole process may use of where it computes; None: what is free on the processor's machine."""
+    if devices.has_own_memory(device):
+        return devices.allowed_bytes(device, promised, RUNTIME_BYTES)
+    return promised
 
 
 def check(
@@ -104,8 +113,11 @@ def check(
     """What the clip needs. Raises ResourceError before any work if it cannot fit.
 
     promised: bytes that the whole process may use; without it, what is free counts, and the runtime is there already.
+    On a device with memory of its own it is about that memory.
     resident: bytes of weights that are there all the time.
     """
+    own = devices.has_own_memory(device)
+    promised = allowed(device, promised)
     assert request.width is not None and request.height is not None and request.frames is not None  # noqa: PT018
 
     def need_of(frames: int) -> Need:
@@ -119,7 +131,8 @@ def check(
             vae_base_dim=vae_base_dim,
             itemsize=itemsize or default_compute_dtype(device).itemsize,
         )
-        return Need(need.denoise + resident, need.decode + resident, need.encode + resident)
+        more = resident + (UNPACKING_BYTES_ON_DEVICE if own else 0)
+        return Need(need.denoise + more, need.decode + resident, need.encode + resident)
 
     need = need_of(request.frames)
     what = f"{request.width}x{request.height} with {request.frames} frames needs about"
@@ -129,7 +142,8 @@ def check(
             fits = next((n for n in shorter if need_of(n).peak <= promised), 0)
             instead = f"{fits} frames of this size would fit" if fits else "no clip of this size would fit"
             raise ResourceError(
-                f"{what} {need.peak / GIB:.2f} GiB of memory, {promised / GIB:.2f} GiB are allowed.",
+                f"{what} {need.peak / GIB:.2f} GiB of memory, {promised / GIB:.2f} GiB are allowed"
+                f"{f' on {device}' if own else ''}.",
                 hint=f"{instead[0].upper()}{instead[1:]}; or ask for a smaller size, or allow more.",
             )
         return need
@@ -144,6 +158,7 @@ def check(
 
 def room(need: Need, device: torch.device, promised: int | None, *, now: int) -> int:
     """Bytes left for keeping weights while a stage that needs `now` runs."""
+    promised = allowed(device, promised)
     if promised is not None:
         return max(0, promised - now)
     return max(0, int(FREE_SHARE * available(device)) - (need.peak - RUNTIME_BYTES))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,143 +28,22 @@ import torch
 from torch import Tensor
 
 from mutoscope.catalog import find_model
-from mutoscope.engine import cache, conditioning, latents, lora, memory, pages, sampler, tiling, weights
-from mutoscope.engine.linear import kept_bytes, settle
-from mutoscope.engine.precision import checked, compute_dtype
-from mutoscope.engine.text_cache import TextCache, default_text_cache, name_of
-from mutoscope.engine.tokenizer import Tokenizer, clean_text
-from mutoscope.engine.umt5 import UMT5Encoder
+from mutoscope.engine import cache, conditioning, devices, latents, lora, memory, pages, sampler, tiling
+from mutoscope.engine.models import Models
+from mutoscope.engine.text_cache import default_text_cache
 from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE
-from mutoscope.engine.wan import TextContext, WanModel, rope_table
+from mutoscope.engine.wan import TextContext, rope_table
 from mutoscope.errors import OutputError, RequestError
 from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
-from mutoscope.manifest import ModelManifest, suggest
+from mutoscope.manifest import suggest
 from mutoscope.media.write import VideoWriter
 from mutoscope.planning import describe, plan, size_bytes
 from mutoscope.request import Conditioning, FramesHWC, GenerationRequest
 
-MAX_TEXT_TOKENS = 512
 PREVIEW_STEPS = 5
-REMEMBERED_PROMPTS = 8
 
 
-class Models:
-    """The three networks of a model set, opened when first needed and kept. Weights stay in their mapped files.
-
-    precision: see `precision.py`. memory_bytes: what this process may use in all while it makes a clip; None: what is
-    free. text_cache: where rows of the model's own negative prompt are kept; None: nowhere.
-    """
-
-    def __init__(
-        self,
-        manifest: ModelManifest,
-        device: str = "cpu",
-        precision: str = "auto",
-        memory_bytes: int | None = None,
-        text_cache: TextCache | None = None,
-    ) -> None:
-        self.manifest = manifest
-        self.text_cache = text_cache
-        self.memory_bytes = memory_bytes
-        self.device = torch.device(device)
-        self.precision = checked(precision)
-        self._rows: dict[str, Tensor] = {}
-        self._loras = lora.Attached()
-
-    @cached_property
-    def text(self) -> tuple[UMT5Encoder, Tokenizer]:
-        path = self.manifest.files.text_encoder.path
-        encoder, metadata = weights.load_umt5(path, device=self.device, compute_dtype=self.dtype)
-        return encoder, Tokenizer.from_metadata(metadata)
-
-    @cached_property
-    def dit(self) -> WanModel:
-        if self.device.type == "cpu":
-            pages.reuse_freed()
-        files = self.manifest.files
-        paths = [files.dit.path, *(extra.path for extra in files.dit_extra)]
-        return weights.load_wan(paths, device=self.device, precision=self.precision)
-
-    def open_loras(self, request: GenerationRequest) -> lora.Loras:
-        """The LoRAs of a planned request, checked against the transformer."""
-        own = self.manifest.loras
-        found = []
-        for name, strength in request.loras:
-            path = own[str(name)].file.path if str(name) in own else Path(name)
-            assert strength is not None
-            found.append((path, strength))
-        self.without_loras()
-        return self._loras.open(self.dit, found)
-
-    def dit_with(self, loras: lora.Loras) -> WanModel:
-        """The transformer with these LoRAs and no others, until it is asked for with others."""
-        self._loras.attach(self.dit, loras)
-        return self.dit
-
-    def numbers(self, request: GenerationRequest) -> cache.Numbers:
-        """What the step cache of a planned request has to know of the transformer."""
-        own = self.manifest.files.magnitudes
-        return cache.find_numbers(request.cache, self.dit.config, own.path if own else None)
-
-    def without_loras(self) -> None:
-        """Take off whatever the transformer has."""
-        self._loras.detach()
-
-    @cached_property
-    def vae(self) -> WanVAE:
-        return weights.load_vae(self.manifest.files.vae.path, device=self.device, compute_dtype=self.dtype)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return compute_dtype(self.precision, self.device)
-
-    @torch.inference_mode()
-    def text_rows(self, prompts: Sequence[str], between: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """The encoder's rows of each prompt, [1, L, E]; only its real tokens. The last few prompts are remembered.
-
-        between: called now and then while they are made; what it raises ends that.
-        """
-        prompts = [clean_text(prompt) for prompt in prompts]
-        rows = {p: self._rows[p] for p in prompts if p in self._rows}
-        stored = {p: self._stored_as(p) for p in prompts if p not in rows}
-        for prompt, name in stored.items():
-            if self.text_cache and name and (found := self.text_cache.read(name)) is not None:
-                rows[prompt] = found.to(self.device)
-        missing = [p for p in stored if p not in rows]
-        if missing:
-            encoder, tokenizer = self.text
-            ids = [torch.tensor([tokenizer.encode(p, MAX_TEXT_TOKENS)], device=self.device) for p in missing]
-            rows.update(zip(missing, encoder.together(ids, between), strict=True))
-        for prompt in missing:
-            if self.text_cache and (name := stored[prompt]):
-                self.text_cache.write(name, rows[prompt])
-        self._rows = dict(list({**self._rows, **rows}.items())[-REMEMBERED_PROMPTS:])
-        return [rows[prompt] for prompt in prompts]
-
-    def _stored_as(self, prompt: str) -> str | None:
-        """The name of a prompt's rows in the text cache, if they may be there."""
-        own = clean_text(self.manifest.defaults.negative_prompt)
-        if self.text_cache is None or not own or prompt != own:
-            return None
-        how = {"dtype": str(self.dtype), "device": str(self.device), "threads": torch.get_num_threads()}
-        return name_of(self.manifest.files.text_encoder.path, prompt, **how)
-
-    @cached_property
-    def resident_bytes(self) -> int:
-        """Weights that stay in memory whatever is asked for."""
-        small = (p.nbytes for model in (self.dit, self.vae) for p in model.parameters())
-        return sum(small) + (settle(self.dit, 0) if self.device.type == "cpu" else 0)
-
-    def settle(self, need: memory.Need, now: int) -> None:
-        """Keep of the weights what leaves room for a stage that needs `now` bytes, and give the rest back."""
-        if self.memory_bytes is not None:
-            self.__dict__.pop("text", None)  # what it unpacks into and its vocabulary take 0.15 GB
-        if self.device.type == "cpu":
-            room = memory.room(need, self.device, self.memory_bytes, now=now)
-            settle(self.dit, room if self.memory_bytes is not None else room + kept_bytes(self.dit))
-            pages.give_back()
-
-
+@devices.tells_out_of_memory
 @torch.inference_mode()
 def generate(
     models: Models,
@@ -197,6 +76,8 @@ def generate(
     text = _text_context(models, request, loras)
 
     yield Stage(name="conditioning", seconds=clock.seconds)
+    if models.stream is not None:
+        models.settle(need, need.encode)
     vace = _vace_tokens(models, request, loras, dump_conditioning)
 
     models.settle(need, need.denoise)
@@ -452,7 +333,8 @@ class Engine:
 
     model: "pocket" (built in), an installed model's name, or the path of a model.toml. device: "cpu", "cuda", ... ;
     None takes a GPU if there is one. precision: "auto", "exact", "bf16" or "int8" (see `precision.py`). memory: a
-    promise like "12GiB" or a number of bytes: the process stays below it, or a clip is refused before any work.
+    promise like "12GiB" or a number of bytes: the process stays below it, or a clip is refused before any work. vram:
+    the same for the memory of a GPU; blocks that do not fit travel. compiled: see `compiling.py`.
     text_cache: whether the model's own negative prompt may be kept on disk (see `text_cache.py`).
     """
 
@@ -463,13 +345,17 @@ class Engine:
         device: str | None = None,
         precision: str = "auto",
         memory: str | int | None = None,
+        vram: str | int | None = None,
+        compiled: bool = False,
         models_dir: Path | None = None,
         text_cache: bool = True,
     ) -> None:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        promised = size_bytes(memory) if isinstance(memory, str) else memory
+        promised, on_device = (size_bytes(m) if isinstance(m, str) else m for m in (memory, vram))
+        manifest, where = find_model(model, models_dir), devices.open_device(device, said="device ")
         kept = default_text_cache() if text_cache else None
-        self.models = Models(find_model(model, models_dir), device, precision, promised, kept)
+        self.models = Models(
+            manifest, where, precision, promised, kept, vram_bytes=on_device, compiled=compiled
+        )
 
     def plan(self, request: GenerationRequest) -> GenerationRequest:
         """The request as it will run: see `planning.plan`."""

@@ -2,9 +2,11 @@
 
     exact   float32 on the weights as the file has them
     bf16    bfloat16, the weights rounded to it
-    int8    8-bit integers in all blocks (`int8.py`), bfloat16 elsewhere
-    auto    int8 where the machine has fast instructions for it and the layer is large enough, else bf16
-            (float32 on processors without bfloat16)
+    fp16    float16 in its place
+    int8    8-bit integers in all blocks (`int8.py`; on GPUs `scaled.py`), bfloat16 elsewhere
+    fp8     8-bit floats in all blocks, on GPUs that multiply them (`scaled.py`), bfloat16 elsewhere
+    auto    int8 where the processor has fast instructions for it and the layer is large enough, else bf16
+            (float32 on processors and float16 on GPUs without bfloat16)
 
     q8 q6 q5 q4 q3 q2   auto, on weights packed anew to that many bits while the file is opened: less memory from a
             large file, without another one
@@ -20,18 +22,19 @@ import json
 from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from mutoscope.engine.gguf import BLOCKS, GGMLType
 from mutoscope.engine.int8 import Int8, int8_is_fast
-from mutoscope.engine.linear import Packed, Precision, Unpacked, default_compute_dtype
+from mutoscope.engine.linear import Packed, Precision, Unpacked, default_compute_dtype, once_per_clip
 from mutoscope.engine.quants import dequantize, quantize
+from mutoscope.engine.scaled import Scaled
 from mutoscope.engine.wan import WanModel
 from mutoscope.errors import FileError, RequestError
+from mutoscope.request import PrecisionName
 
-PrecisionName = Literal["auto", "exact", "bf16", "int8", "q8", "q6", "q5", "q4", "q3", "q2"]
 PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
 
 REPACKED: dict[str, GGMLType] = {
@@ -101,9 +104,8 @@ def repacked(weight: Packed, type_id: GGMLType) -> Packed:
 
 def compute_dtype(name: PrecisionName, device: torch.device) -> torch.dtype:
     """Of the text encoder, the VAE and whatever the transformer does not do in integers."""
-    if name == "exact":
-        return torch.float32
-    return torch.bfloat16 if name == "bf16" else default_compute_dtype(device)
+    named = {"exact": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return named[name] if name in named else default_compute_dtype(device)
 
 
 def chooser(
@@ -116,28 +118,40 @@ def chooser(
     Raises:
         RequestError: int8 was asked for by name where there are no instructions for it.
     """
-    if name == "int8" and not (device.type == "cpu" and int8_is_fast()):
-        raise RequestError(
-            f"--precision int8 needs a processor with VNNI or AMX instructions, not {device}.",
-            hint="Leave it out, or use bf16.",
-        )
+    eight_bits = _eight_bits(name, device)
     main = Unpacked(name if isinstance(name, torch.dtype) else compute_dtype(name, device))
     exact = main if main.dtype == torch.float32 else Unpacked(torch.float32)
 
     @cache
-    def int8() -> Int8:
-        return Int8()
+    def int8() -> Precision:
+        return Int8() if eight_bits is None else Scaled(eight_bits, main.dtype)
 
     def choose(path: str, weight: Packed) -> Precision:
         if path.split(".")[0] in WanModel.FLOAT32:
             return exact
         fast = device.type == "cpu" and int8_is_fast() and weight.numel >= MIN_INT8_NUMEL
-        wanted = name == "int8" or ((name == "auto" or name in REPACKED) and fast and path not in sensitive)
-        return int8() if wanted and not _once_per_clip(path) else main
+        wanted = name in ("int8", "fp8") or (
+            (name == "auto" or name in REPACKED) and fast and path not in sensitive
+        )
+        return int8() if wanted and not once_per_clip(path) else main
 
     return choose
 
 
-def _once_per_clip(path: str) -> bool:
-    """Keys and values of the prompt: a few rows, so that preparing the weight would cost more than it gains."""
-    return ".cross_attn.k" in path or ".cross_attn.v" in path
+def _eight_bits(name: PrecisionName | torch.dtype, device: torch.device) -> torch.dtype | None:
+    """What a GPU multiplies in for a precision of 8 bits; None for other precisions, and on the processor.
+
+    Raises:
+        RequestError: the precision was asked for by name where there are no instructions for it.
+    """
+    if name not in ("int8", "fp8") or (name == "int8" and device.type == "cpu" and int8_is_fast()):
+        return None
+    least, dtype = ((7, 5), torch.int8) if name == "int8" else ((8, 9), torch.float8_e4m3fn)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= least:
+        return dtype
+    processor = "a processor with VNNI or AMX instructions, or " if name == "int8" else ""
+    raise RequestError(
+        f"--precision {name} needs {processor}an NVIDIA GPU of compute capability "
+        f"{least[0]}.{least[1]}, not {device}.",
+        hint="Leave it out, or use bf16.",
+    )

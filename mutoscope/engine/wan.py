@@ -311,7 +311,7 @@ class Block(nn.Module):
             y = gelu_of(up, modulated_norm(part, scale_f, shift_f, self.eps, up))
             y = y if isinstance(y, Shared) else shared(y, down, low=GELU_LOW)
             y = add_layer(part, down, y, gate_f)
-        return x if y.data_ptr() == part.data_ptr() else y
+        return x if _may_overwrite() else y  # which then is the only part
 
     def _ffn_parts(self, x: Tensor) -> Sequence[Tensor]:
         """The stream in runs of tokens, where that is faster: the wide layer's results then stay in the cache."""
@@ -381,9 +381,9 @@ class WanModel(nn.Module):
     def time_modulation(self, t_B: Tensor) -> TimeModulation:
         """Noise levels 0..1000, [B], to the modulation of all blocks; made once per schedule."""
         half = self.config.freq_dim // 2
-        freq = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t_B.device) / half)
-        angle = t_B.double()[:, None] * freq
-        emb = torch.cat((angle.cos(), angle.sin()), dim=1).float()
+        freq = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle = t_B.cpu().double()[:, None] * freq  # some devices have no float64
+        emb = torch.cat((angle.cos(), angle.sin()), dim=1).float().to(t_B.device)
         e = self.time_embedding["2"](F.silu(self.time_embedding["0"](emb))).float()
         return TimeModulation(e, self.time_projection["1"](F.silu(e)).float().unflatten(1, (6, -1)))
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mutoscope.engine import umt5, vae, wan
+from mutoscope.engine.devices import has_own_memory
 from mutoscope.engine.gguf import GGMLType, GGUFFile, TensorInfo
 from mutoscope.engine.headers import INCOMPLETE, file_kind, safetensors_header, shared_prefix
 from mutoscope.engine.linear import (
@@ -44,9 +45,11 @@ from mutoscope.engine.linear import (
     Unpacked,
     default_compute_dtype,
 )
-from mutoscope.engine.precision import REPACKED, PrecisionName, chooser, read_sidecar, repacked
+from mutoscope.engine.precision import REPACKED, chooser, read_sidecar, repacked
 from mutoscope.engine.quants import as_tensor
+from mutoscope.engine.streaming import place_of
 from mutoscope.errors import WeightError
+from mutoscope.request import PrecisionName
 
 _TYPE_OF = {dtype: type_id for type_id, dtype in FLOATS.items()}
 
@@ -263,6 +266,7 @@ def _fill(
 ) -> None:
     """Give every layer of a meta-device model its weights: packed where large, float32 elsewhere.
 
+    On a device with memory of its own, large ones stay on the host (see `streaming.place_of`).
     repack: pack the linear weights of its blocks anew to this type.
     """
 
@@ -275,9 +279,10 @@ def _fill(
             weight = supply.take(f"{path}.weight", module.weight.shape)
             if repack is not None and "blocks." in path:
                 weight = repacked(weight, repack)
-            weight = weight.to(device)
+            if not has_own_memory(device) or place_of(path) == "stays":
+                weight = weight.to(device)
             bias = None if module.bias is None else small(f"{path}.bias", module.bias.shape).data
-            model.set_submodule(path, QuantLinear(weight, bias, precision_of(path, weight)))
+            model.set_submodule(path, QuantLinear(weight, bias, precision_of(path, weight), device))
         elif isinstance(module, nn.Embedding):
             model.set_submodule(path, QuantEmbedding(supply.take(f"{path}.weight", module.weight.shape)))
         else:
@@ -336,12 +341,16 @@ def load_umt5(
         WeightError: the tensors do not make up a UMT5 encoder.
     """
     device = torch.device(device)
+    if compute_dtype is None:
+        compute_dtype = default_compute_dtype(device)
+    if compute_dtype == torch.float16:
+        compute_dtype = torch.float32  # the numbers of T5 do not fit into float16
     source = open_weights(path)
     supply = _Supply("umt5", [source], umt5.our_names)
     config = umt5.UMT5Config.from_tensors(supply.shapes, supply.metadata)
     with _LaidOut():
         model = umt5.UMT5Encoder(config)
-    precision = Unpacked(compute_dtype or default_compute_dtype(device), drop=True)  # used once per prompt
+    precision = Unpacked(compute_dtype, drop=True)  # used once per prompt
     _fill(model, supply, device, lambda path, weight: precision)
     return model, source.metadata
 

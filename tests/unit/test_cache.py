@@ -27,7 +27,8 @@ from mutoscope.engine.cache import (
     tea_plan,
 )
 from mutoscope.engine.cache_tables import MAG, SMALL, TEA, TeaNumbers
-from mutoscope.engine.pipeline import Models, generate
+from mutoscope.engine.models import Models
+from mutoscope.engine.pipeline import generate
 from mutoscope.engine.wan import Block, TimeModulation, WanConfig, WanModel
 from mutoscope.errors import FileError, RequestError
 from mutoscope.manifest import ModelFile, read_manifest

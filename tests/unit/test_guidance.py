@@ -10,7 +10,8 @@ import torch
 from diffusers.guiders import ClassifierFreeZeroStarGuidance
 
 from mutoscope.engine import sampler
-from mutoscope.engine.pipeline import Models, generate
+from mutoscope.engine.models import Models
+from mutoscope.engine.pipeline import generate
 from mutoscope.errors import RequestError
 from mutoscope.manifest import read_manifest
 from mutoscope.planning import plan

@@ -20,7 +20,8 @@ from mutoscope.engine.int8 import int8_is_fast
 from mutoscope.engine.linear import QuantLinear
 from mutoscope.engine.lora import Attached, SidePath, Wide
 from mutoscope.engine.lora_files import read_lora
-from mutoscope.engine.pipeline import Models, generate
+from mutoscope.engine.models import Models
+from mutoscope.engine.pipeline import generate
 from mutoscope.engine.wan import WanModel, diffusers_name, our_names, rope_table
 from mutoscope.engine.weights import load_wan
 from mutoscope.errors import FileError, WeightError

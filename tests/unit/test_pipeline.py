@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from mutoscope import Engine
-from mutoscope.engine import latents, memory, pipeline
+from mutoscope.engine import latents, memory, pipeline, weights
 from mutoscope.engine.linear import QuantLinear
-from mutoscope.engine.pipeline import Models, build_request, decode, generate, write
+from mutoscope.engine.models import Models
+from mutoscope.engine.pipeline import build_request, decode, generate, write
 from mutoscope.engine.text_cache import TextCache, name_of
 from mutoscope.engine.umt5 import Layer, UMT5Encoder
 from mutoscope.engine.vae import WanVAE
@@ -310,7 +311,7 @@ def test_text_is_encoded_while_models_are_opened(shared: Models, monkeypatch: py
 def test_what_stops_the_opening_stops_the_encoder(shared: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder waits in its first layer until the opening fails; then it stops before one of the next."""
     opened, layers = threading.Event(), []
-    forward, load = Layer.forward, pipeline.weights.load_umt5
+    forward, load = Layer.forward, weights.load_umt5
 
     def waiting(self: Layer, *args: Any) -> Any:
         layers.append(self)
@@ -331,8 +332,8 @@ def test_what_stops_the_opening_stops_the_encoder(shared: Models, monkeypatch: p
             opened.set()
 
     monkeypatch.setattr(Layer, "forward", waiting)
-    monkeypatch.setattr(pipeline.weights, "load_umt5", of_four_layers)
-    monkeypatch.setattr(pipeline.weights, "load_wan", damaged)
+    monkeypatch.setattr(weights, "load_umt5", of_four_layers)
+    monkeypatch.setattr(weights, "load_wan", damaged)
     monkeypatch.setattr(pipeline, "threading", SimpleNamespace(Event=Failed))
     with pytest.raises(WeightError, match="damaged"):
         list(generate(Models(shared.manifest), REQUEST))
@@ -596,7 +597,7 @@ def test_what_was_kept_for_one_clip_serves_the_next(
     """Memory in use for converted weights is not counted as missing, though it is free no more."""
     models = Models(read_manifest(tiny_model / "model.toml"))
     rooms = []
-    monkeypatch.setattr("mutoscope.engine.pipeline.settle", lambda model, room: rooms.append(room) or 0)
+    monkeypatch.setattr("mutoscope.engine.models.settle", lambda model, room: rooms.append(room) or 0)
     monkeypatch.setattr("mutoscope.engine.memory.available", lambda device: 10_000)
     need = memory.Need(memory.RUNTIME_BYTES + 1000, memory.RUNTIME_BYTES)
     models.settle(need, need.denoise)
