@@ -162,14 +162,16 @@ class Models:
 
     def settle(self, need: memory.Need, now: int) -> None:
         """Keep of the weights what leaves room for a stage that needs `now` bytes, and give the rest back."""
-        if self.memory_bytes is not None:
-            self.__dict__.pop("text", None)  # what it unpacks into and its vocabulary take 0.15 GB
         if self.stream is not None:
             room = memory.room(need, self.device, self.memory_bytes, now=now)
             self.stream.settle(room + self.stream.least_bytes)  # which `now` has in it already
-            forget_buffers(self.dit)
+            for model in (self.dit, *self.__dict__.get("text", ())[:1]):
+                forget_buffers(model)
             devices.empty_cache(self.device)
-        elif self.device.type == "cpu":
+            return
+        if self.memory_bytes is not None:
+            self.__dict__.pop("text", None)  # what it unpacks into and its vocabulary take 0.15 GB
+        if self.device.type == "cpu":
             room = memory.room(need, self.device, self.memory_bytes, now=now)
             settle(self.dit, room if self.memory_bytes is not None else room + kept_bytes(self.dit))
             pages.give_back()

@@ -117,6 +117,11 @@ def on_device(model: torch.nn.Module) -> set[str]:
     return {path for path, m in layers if m.packed.device == CUDA}
 
 
+def precisions(model: torch.nn.Module) -> set[Unpacked]:
+    found = {m.precision for m in model.modules() if isinstance(m, QuantLinear)}
+    return {p for p in found if isinstance(p, Unpacked)}
+
+
 def test_the_text_encoder_is_never_there_as_a_whole(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,10 +130,10 @@ def test_the_text_encoder_is_never_there_as_a_whole(
         events = generate(models, REQUEST)
         next(e for e in events if getattr(e, "name", "") == "denoise")
         assert on_device(models.text[0]) == set()
+        assert not any(p._buffers or p._held for p in precisions(models.text[0]))
         assert on_device(models.dit) == {"head.head", "vace_blocks.0.before_proj"}
         list(events)
-        buffers = {layer.precision for layer in models.dit.modules() if isinstance(layer, QuantLinear)}
-        assert not any(b._buffers for b in buffers if isinstance(b, Unpacked)), "nothing is left for decoding"
+        assert not any(p._buffers or p._held for p in precisions(models.dit)), "nothing is left for decoding"
 
 
 def test_blocks_stay_if_they_fit_and_else_travel(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from mutoscope.engine import streaming
 from mutoscope.engine.gguf import GGMLType
 from mutoscope.engine.linear import Packed, QuantLinear, Unpacked
 from mutoscope.engine.streaming import Block, BlockStream, InOrder, place_of, stream_blocks
-from mutoscope.engine.wan import WanModel, rope_table
+from mutoscope.engine.wan import TextContext, WanModel, rope_table
 from mutoscope.engine.weights import load_wan
 
 CPU = torch.device("cpu")
@@ -201,14 +201,18 @@ def test_places() -> None:
     assert place_of("head.head") == place_of("vace_blocks.0.before_proj") == "stays"
 
 
-def velocity(model: WanModel, *, vace: bool = True) -> Tensor:
+def velocity(model: WanModel, *, vace: bool = True, n: int = 1) -> Tensor:
     rng = torch.Generator().manual_seed(1)
     c = model.config
     x = torch.randn(1, c.in_dim, 2, 4, 4, generator=rng)
     text = model.text_context(torch.randn(1, 5, c.text_dim, generator=rng), [5])
     side = model.vace_tokens(torch.randn(1, c.vace_in_dim, 2, 4, 4, generator=rng)) if vace else None
     time = model.time_modulation(torch.tensor([500.0]))
-    return model(x, time, text, rope_table((2, 2, 2), c.head_dim), side).clone()
+    text = TextContext([k.expand(n, -1, -1, -1) for k in text.keys], [v.expand(n, -1, -1, -1) for v in text.values],
+                       None if text.bias_B11S is None else text.bias_B11S.expand(n, -1, -1, -1))  # fmt: skip
+    side = None if side is None else side.expand(n, -1, -1)
+    rope = rope_table((2, 2, 2), c.head_dim)
+    return model(x.expand(n, -1, -1, -1, -1), time, text, rope, side).clone()
 
 
 @torch.inference_mode()
@@ -221,3 +225,28 @@ def test_numbers_do_not_change(tiny_model: Path) -> None:
         for vace in (True, False, True):
             assert torch.equal(velocity(model, vace=vace), expected[vace])
     assert "copy" in lane.log
+
+
+@torch.inference_mode()
+def test_the_guided_and_the_unguided_pass_share_copies_and_unpacking(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_wan(tiny_model / "dit.gguf", compute_dtype=torch.bfloat16)
+    stream_blocks(model, CPU, lane := Late()).settle(0)
+    for _ in range(2):
+        velocity(model)  # the order of blocks is learned
+    values, made = Packed.values, []
+
+    def counted(self: Packed, *args: Any) -> Tensor:
+        made.append(self)
+        return values(self, *args)
+
+    monkeypatch.setattr(Packed, "values", counted)
+    counts = []
+    for n in (1, 2):
+        made.clear()
+        lane.log.clear()
+        velocity(model, n=n)
+        counts.append((len(made), lane.log.count("copy")))
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 30
