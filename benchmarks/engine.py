@@ -152,7 +152,8 @@ def transformer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks import ceilings, peers, sdcpp
-    from benchmarks.measure import in_turns, relative_error
+    from benchmarks.measure import clock_of_threads, in_turns, relative_error
+    from benchmarks.shares import shares
     from mutoscope.engine import pages
     from mutoscope.engine.int8 import int8_is_fast
     from mutoscope.engine.linear import default_compute_dtype
@@ -233,6 +234,8 @@ def transformer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         row["share_of_floor"] = floors["integer products" if integers else "products"] / row["min_s"]
         if SD_CPP in seconds:
             row["sd_cpp_over_this"] = seconds[SD_CPP].median / row["median_s"]
+        if name != "diffusers":
+            row["shares"] = shares(runs[name], clock_of_threads())
         report[name] = row
         print(
             f"  {name:<10} {row['median_s']:7.2f} s ({row['min_s']:.2f} to {row['max_s']:.2f})  error "
@@ -241,6 +244,8 @@ def transformer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             + (f"  floor / this {row['share_of_floor']:.2f}" if name not in ("exact", "diffusers") else "")
             + (f"  {SD_CPP} / this {row['sd_cpp_over_this']:.2f}" if "sd_cpp_over_this" in row else "")
         )
+        if "shares" in row:
+            print("             " + ", ".join(f"{of} {share:.1%}" for of, share in row["shares"].items()))
     if SD_CPP in seconds:
         report[SD_CPP] = seconds[SD_CPP].as_json()
         print(f"  {SD_CPP}, flash attention {seconds[SD_CPP]}")

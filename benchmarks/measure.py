@@ -36,6 +36,11 @@ class Seconds:
         return {"median_s": self.median, "min_s": min(self.rounds), "max_s": max(self.rounds)}
 
 
+def clock_of_threads() -> Callable[[], float]:
+    """The wall's; with one thread the processor's, which others on the machine disturb less."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def in_turns(
     contenders: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -44,10 +49,10 @@ def in_turns(
 ) -> dict[str, Seconds]:
     """Run all contenders `rounds` times after one warm-up each, starting every round with another one.
 
-    The clock, unless given, is the wall's; with one thread the processor's, which others on the machine disturb less.
+    The clock is that of `clock_of_threads` unless given.
     others: contenders that warm up by themselves and return seconds of their own.
     """
-    clock = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
+    clock = clock or clock_of_threads()
     others = others or {}
     for run in contenders.values():
         run()

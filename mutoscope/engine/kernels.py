@@ -7,6 +7,8 @@
     logits                            ->  softmax in place
     blocks of Q8_0                    ->  bfloat16
 
+And of the VAE: RMS norm and SiLU.
+
 A row stays in the first-level cache meanwhile; library operations would each go through memory, together two to
 seven times as long (docs/LOG.md). Tensors are contiguous rows whose width `fits`; nothing is checked here. A product
 comes as `linear.Product`: float32 still without the steps of its rows and the bias, which are brought on the way, or
@@ -112,6 +114,12 @@ def softmax_(logits_LS: Tensor, n: int) -> None:
 def q8_0_to_bfloat16(blocks: Tensor, out: Tensor) -> None:
     """Packed Q8_0 (34 bytes for 32 numbers) to bfloat16, rounded once."""
     _q8_0()(out.numel() // 32, blocks, out)
+
+
+def rms_silu(x_MC: Tensor, gamma: Tensor, out_MC: Tensor) -> None:
+    """silu(x / |x| * gamma) on bfloat16 rows, |x| their L2 norm; both are given by their memory, in the same order."""
+    width = gamma.numel()
+    _rms_silu()(x_MC.numel() // width, x_MC, gamma, width, out_MC)
 
 
 @cache
@@ -317,6 +325,23 @@ def _softmax() -> Compiled:
         inverse = k.splat(1.0 / k.sum(total.get()))
         with k.loop(width) as i:
             k.store(x, at + i, k.load(x, at + i, "bfloat") * inverse, "bfloat")
+    return k.compiled()
+
+
+@cache
+def _rms_silu() -> Compiled:
+    k = Kernel("rms_silu")
+    x, gamma, width, out = k.pointer(), k.pointer(), k.integer(), k.pointer()
+    with k.rows() as row:
+        at = row * width
+        squares = Variable(k.zeros())
+        with k.loop(width) as i:
+            y = k.load(x, at + i, "bfloat")
+            squares.set(squares.get() + y * y)
+        factor = k.splat(1.0 / k.call("sqrt", k.maximum(k.sum(squares.get()), 1e-24)))
+        with k.loop(width) as i:
+            y = k.load(x, at + i, "bfloat") * factor * k.load(gamma, i)
+            k.store(out, at + i, y / (k.exp2(y * -_LOG2E) + 1.0), "bfloat")
     return k.compiled()
 
 

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mutoscope.engine import kernels
 from mutoscope.errors import WeightError
 
 # Per-channel statistics of the official Wan 2.1 latents (wan/modules/vae.py).
@@ -175,6 +176,36 @@ class RMSNorm(nn.Module):
         return x * inverse_norm.to(x.dtype) * (x.shape[1] ** 0.5 * self.gamma).to(x.dtype)
 
 
+def normed(norm: RMSNorm, x: Tensor, past: Tensor | None = None) -> Tensor:
+    """silu(norm(x)), after the frames `past`.
+
+    In bfloat16, channels last, it is one pass that writes where the convolution will read; as operations of the
+    library it is seven.
+    """
+    n_past = 0 if past is None else past.shape[2]
+    if not _in_one_pass(x):
+        y = F.silu(norm(x))
+        return y if past is None else torch.cat((past, y), dim=2)
+    b, c, f, h, w = x.shape
+    room = torch.empty(b, f + n_past, h, w, c, dtype=x.dtype)
+    if past is not None:
+        room[:, :n_past] = past.permute(0, 2, 3, 4, 1)
+    gamma = (c**0.5 * norm.gamma.float()).flatten()
+    kernels.rms_silu(x, gamma, room[:, n_past:])
+    return room.permute(0, 4, 1, 2, 3)
+
+
+def _in_one_pass(x: Tensor) -> bool:
+    return (
+        x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.shape[0] == 1
+        and x.is_contiguous(memory_format=torch.channels_last_3d)
+        and not torch.is_grad_enabled()
+        and kernels.fits(x.shape[1])
+    )
+
+
 class CausalConv3d(nn.Module):
     """Convolution over [B, C, F, H, W] that sees the current and the `kernel[0] - 1` frames before it."""
 
@@ -183,14 +214,17 @@ class CausalConv3d(nn.Module):
         self.weight = nn.Parameter(torch.empty(c_out, c_in, *kernel))
         self.bias = nn.Parameter(torch.zeros(c_out))
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream, norm: RMSNorm | None = None) -> Tensor:
+        """Of x, or with `norm` of silu(norm(x))."""
         kt, kh, kw = self.weight.shape[2:]
         weight = self.weight
+        past = stream.get(self) if kt > 1 else None
+        if norm is not None:
+            x = normed(norm, x, past)
+        elif past is not None:
+            x = torch.cat((past, x), dim=2)
         if kt > 1:
-            past = stream.get(self)
             missing = kt - 1 - (0 if past is None else past.shape[2])
-            if past is not None:
-                x = torch.cat((past, x), dim=2)
             stream[self] = x[:, :, 1 - kt :].clone()
             if x.shape[2] == 1:  # a first frame: before it are zeros, so the last tap does it all
                 weight = weight[:, :, -1:]
@@ -210,9 +244,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         r = self.residual
-        h = r["2"](F.silu(r["0"](x)), stream)
-        h = r["6"](F.silu(r["3"](h)), stream)
-        return h + (x if self.shortcut is None else self.shortcut(x, stream))
+        h = r["6"](r["2"](x, stream, r["0"]), stream, r["3"])
+        x = x if self.shortcut is None else self.shortcut(x, stream)
+        return h + x if torch.is_grad_enabled() else h.add_(x)
 
 
 class AttentionBlock(nn.Module):
@@ -269,11 +303,19 @@ class Upsample(nn.Module):
                 stream[self] = x.new_empty(0)
             else:
                 x = self.time_conv(x, stream)
-                x = x.unflatten(1, (2, c)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+                x = self._interleaved(x, c)
         f = x.shape[2]
         frames = x.transpose(1, 2).reshape(b * f, c, *x.shape[3:])
         frames = self.resample["1"](F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
         return frames.view(b, f, c // 2, *frames.shape[2:]).transpose(1, 2)
+
+    @staticmethod
+    def _interleaved(x: Tensor, c: int) -> Tensor:
+        """[B, 2C, F, H, W] to [B, C, 2F, H, W], without leaving the layout that it comes in."""
+        if not x.is_contiguous(memory_format=torch.channels_last_3d):
+            return x.unflatten(1, (2, c)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        frames = x.permute(0, 2, 3, 4, 1).unflatten(-1, (2, c)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+        return frames.permute(0, 4, 1, 2, 3)
 
 
 def _middle(dim: int) -> nn.ModuleList:
@@ -302,7 +344,7 @@ class Encoder(nn.Module):
         x = self.conv1(x, stream)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, stream)
-        return self.head["2"](F.silu(self.head["0"](x)), stream)
+        return self.head["2"](x, stream, self.head["0"])
 
 
 class Decoder(nn.Module):
@@ -329,7 +371,7 @@ class Decoder(nn.Module):
         x = self.conv1(x, stream)
         for layer in (*self.middle, *self.upsamples):
             x = layer(x, stream)
-        return self.head["2"](F.silu(self.head["0"](x)), stream)
+        return self.head["2"](x, stream, self.head["0"])
 
 
 class WanVAE(nn.Module):

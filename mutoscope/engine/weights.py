@@ -386,8 +386,9 @@ def load_vae(
             values = supply.take(full, shape).values(kept)
             if trimmable and values.ndim == 5 and not values[:, :, :-1].any():
                 values = values[:, :, -1:].contiguous()
-            if values.ndim == 5 and device.type == "cpu":  # activations follow; a tenth faster
-                values = values.contiguous(memory_format=torch.channels_last_3d)
+            layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(values.ndim)
+            if layout is not None and device.type == "cpu":  # activations follow; a tenth faster
+                values = values.contiguous(memory_format=layout)
             setattr(module, name, _parameter(values, device))
     supply.finish()
     return model.requires_grad_(False).eval()

@@ -95,10 +95,11 @@ def remember_the_first_frame(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> No
 def repeat_the_first_frame_as_past(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     true_forward = CausalConv3d.forward
 
-    def forward(conv: CausalConv3d, x: Tensor, stream: Stream) -> Tensor:
+    def forward(conv: CausalConv3d, x: Tensor, stream: Stream, norm: nn.Module | None = None) -> Tensor:
         if conv not in stream and conv.weight.shape[2] > 1:
-            stream[conv] = x[:, :, :1].repeat(1, 1, 2, 1, 1)
-        return true_forward(conv, x, stream)
+            first = x[:, :, :1] if norm is None else F.silu(norm(x[:, :, :1]))
+            stream[conv] = first.repeat(1, 1, 2, 1, 1)
+        return true_forward(conv, x, stream, norm)
 
     monkeypatch.setattr(CausalConv3d, "forward", forward)
 
