@@ -74,8 +74,7 @@ def gelu(layer: Any, x: Tensor | Shared, low: float) -> Shared:
     def eight_bits() -> Rows:
         q_MN, step_M1 = torch.empty(n_rows, width, dtype=torch.uint8), torch.empty(n_rows, 1)
         for part, p in layer.products(x):
-            bias = torch.zeros(width) if p.bias is None else p.bias
-            kernels.gelu_int8(p.y_MN, p.step_M1, bias, low, q_MN[part], step_M1[part])
+            kernels.gelu_int8(p, low, q_MN[part], step_M1[part])
         return Rows(q_MN, step_M1, 128 - kernels.LEVELS, low)
 
     shape = torch.Size((*x.shape[:-1], width))
@@ -90,12 +89,8 @@ def is_integer(layer: Any) -> bool:
 def add_product(x_BLD: Tensor, layer: Any, y: Tensor | Shared, gate: Tensor | float) -> Tensor:
     """x + layer(y) * gate, in place."""
     for part, p in layer.products(y):
-        kernels.add_gated(x_BLD, p.y_MN, p.step_M1, _bias(p.bias, p), gate, part.start)
+        kernels.add_gated(x_BLD, p, gate, part.start)
     return x_BLD
-
-
-def _bias(bias: Tensor | None, p: Any) -> Tensor | None:
-    return torch.zeros(p.y_MN.shape[1]) if bias is None and p.step_M1 is not None else bias
 
 
 def self_attention(attn: Any, x: Shared, rope: Tensor) -> Tensor:
@@ -119,7 +114,7 @@ def _heads(layer: Any, x: Tensor | Shared, out: Tensor, head: int, n: int, norm:
     more = {} if norm is None else {"weight": norm.weight.float(), "eps": norm.eps}
     for part, p in layer.products(x):
         kernels.heads(
-            p.y_MN, p.step_M1, _bias(p.bias, p), out,
+            p, out,
             first=part.start, length=n, head=head, scale=scale, rope=rope, **more,
         )  # fmt: skip
 
@@ -136,13 +131,12 @@ def _keys(attn: Any, x: Shared, out: Tensor, head: int, n: int, rope: Tensor) ->
     }
     common = None
     for part, p in attn.k.products(x):
-        given = (p.y_MN, p.step_M1, _bias(p.bias, p))
         if common is None:
             every = max(1, len(p.y_MN) // SAMPLED_KEYS)
             some = torch.empty(-(-len(p.y_MN) // every), p.y_MN.shape[1])
-            kernels.heads(*given, some, first=part.start, every=every, **more)
+            kernels.heads(p, some, first=part.start, every=every, **more)
             common = some.mean(0)
-        kernels.heads(*given, out, first=part.start, common_N=common, **more)
+        kernels.heads(p, out, first=part.start, common_N=common, **more)
 
 
 def cross_attention(attn: Any, x: Shared, k_BSHD: Tensor, v_BSHD: Tensor, bias: Tensor | None) -> Tensor:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from mutoscope.engine import kernels
-from mutoscope.engine.linear import Packed, Product, Shared
+from mutoscope.engine.kernels import Product
+from mutoscope.engine.linear import Packed, Shared
 
 PIECE_BYTES = 16 << 20
 """Of one float32 result."""

@@ -11,13 +11,14 @@ And of the VAE: RMS norm and SiLU.
 
 A row stays in the first-level cache meanwhile; library operations would each go through memory, together two to
 seven times as long (docs/LOG.md). Tensors are contiguous rows whose width `fits`; nothing is checked here. A product
-comes as `linear.Product`: float32 still without the steps of its rows and the bias, which are brought on the way, or
+comes as a `Product`: float32 still without the steps of its rows and the bias, which are brought on the way, or
 bfloat16 and complete.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -33,6 +34,34 @@ _TINY = 1e-30
 _MINUS_INFINITY = -128  # the bits of it in bfloat16, as an integer
 _LOG2E = 1 / math.log(2)
 _KINDS = {torch.float32: "float", torch.bfloat16: "bfloat"}
+
+
+@dataclass(frozen=True)
+class Product:
+    """Rows [M, N] of a product before its last pass, which is the caller's: y * step + bias (+ y2 * step2).
+
+    Without step it is complete, in bfloat16. The second product is the low-rank side path of a LoRA.
+    """
+
+    y_MN: Tensor
+    step_M1: Tensor | None = None
+    bias: Tensor | None = None
+    """[N], or of each row [M, N]."""
+    y2_MN: Tensor | None = None
+    step2_M1: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        if self.step_M1 is None:
+            return _KINDS[self.y_MN.dtype]
+        return "steps" if self.y2_MN is None else "two"
+
+    @property
+    def values(self) -> tuple[Tensor | int | None, ...]:
+        """For the parameters of `_Product`."""
+        width = self.y_MN.shape[1]
+        bias = _zeros(width) if self.bias is None else self.bias
+        return self.y_MN, self.step_M1, bias, _stride(bias, width), self.y2_MN, self.step2_M1
 
 
 def fits(*widths: int) -> bool:
@@ -67,16 +96,13 @@ def quantised(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     return out, step
 
 
-def gelu_int8(
-    y_MN: Tensor, step_M1: Tensor, bias: Tensor, low: float, q_MN: Tensor, step_out_M1: Tensor
-) -> None:
+def gelu_int8(product: Product, low: float, q_MN: Tensor, step_M1: Tensor) -> None:
     """GELU (tanh) of a product to uint8 whose least level is `low`, into the last two."""
-    width = y_MN.shape[1]
-    _gelu(low)(len(y_MN), y_MN, step_M1, bias, _stride(bias, width), width, q_MN, step_out_M1)
+    _gelu(product.kind, low)(len(q_MN), *product.values, q_MN.shape[1], q_MN, step_M1)
 
 
 def heads(
-    y_MN: Tensor, step_M1: Tensor | None, bias: Tensor | None, out: Tensor, *,
+    product: Product, out: Tensor, *,
     first: int, length: int, head: int, scale: float = 1.0, weight: Tensor | None = None, eps: float = 0.0,
     rope: Tensor | None = None, common_N: Tensor | None = None, every: int = 1,
 ) -> None:  # fmt: skip
@@ -85,25 +111,23 @@ def heads(
 
     Into bfloat16 [B, H, L or more, D], or, without `common` and `scale`, into float32 rows [M / every, N].
     """
-    width = y_MN.shape[1]
-    kernel = _heads(_KINDS[y_MN.dtype], _KINDS[out.dtype], weight is not None, rope is not None)
+    n_rows, width = product.y_MN.shape
+    kernel = _heads(product.kind, _KINDS[out.dtype], weight is not None, rope is not None)
     common = _zeros(width) if common_N is None else common_N
     kernel(
-        -(-len(y_MN) // every), y_MN, step_M1, bias, _stride(bias, width), weight, eps,
+        -(-n_rows // every), *product.values, weight, eps,
         rope, 0 if rope is None else rope.stride(0), common, width, head, first, length,
         out.shape[2] if out.ndim == 4 else 0, every, scale, out,
     )  # fmt: skip
 
 
-def add_gated(
-    x_BLD: Tensor, y_MN: Tensor, step_M1: Tensor | None, bias: Tensor | None, gate: Tensor | float, first: int
-) -> None:
+def add_gated(x_BLD: Tensor, product: Product, gate: Tensor | float, first: int) -> None:
     """x += product * gate from row `first` of x on; the gate is a number or [B or 1, 1, D]."""
     width = x_BLD.shape[2]
     gate = torch.full((width,), gate) if isinstance(gate, float) else gate.contiguous()
-    _gated(_KINDS[y_MN.dtype])(
-        len(y_MN), y_MN, step_M1, bias, _stride(bias, width), *_rows_of(x_BLD), gate, _stride(gate, width), width, first
-    )  # fmt: skip
+    _gated(product.kind)(
+        len(product.y_MN), *product.values, *_rows_of(x_BLD), gate, _stride(gate, width), width, first
+    )
 
 
 def softmax_(logits_LS: Tensor, n: int) -> None:
@@ -153,21 +177,26 @@ class _Rows:
 
 
 class _Product:
-    """Rows of a product, float32 to be finished or bfloat16."""
+    """Rows of a `Product` of that kind."""
 
     def __init__(self, k: Kernel, kind: str) -> None:
         self.k, self.kind = k, kind
         self.y, self.step, self.bias, self.bias_stride = k.pointer(), k.pointer(), k.pointer(), k.integer()
+        self.y2, self.step2 = k.pointer(), k.pointer()
 
     def find(self, row: Value, width: Value) -> None:
         self.at = row * width
-        if self.kind == "float":
-            self.bias_at = row * self.bias_stride
+        self.bias_at = row * self.bias_stride
+        if self.kind in ("steps", "two"):
             self.factor = self.k.splat(self.k.load_one(self.step, row))
+        if self.kind == "two":
+            self.factor2 = self.k.splat(self.k.load_one(self.step2, row))
 
     def load(self, i: Value) -> Value:
-        y = self.k.load(self.y, self.at + i, self.kind)
-        return y * self.factor + self.k.load(self.bias, self.bias_at + i) if self.kind == "float" else y
+        if self.kind not in ("steps", "two"):
+            return self.k.load(self.y, self.at + i, self.kind)
+        y = self.k.load(self.y, self.at + i) * self.factor + self.k.load(self.bias, self.bias_at + i)
+        return y + self.k.load(self.y2, self.at + i) * self.factor2 if self.kind == "two" else y
 
 
 def _to_int8(
@@ -235,10 +264,10 @@ def _quantise(kind: str) -> Compiled:
 
 
 @cache
-def _gelu(low: float) -> Compiled:
+def _gelu(kind: str, low: float) -> Compiled:
     """x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))."""
     k = Kernel("gelu")
-    product = _Product(k, "float")
+    product = _Product(k, kind)
     width, out, step = k.integer(), k.pointer(), k.pointer()
     room = k.reserve("float", WIDEST)
     slope = -_LOG2E * 2 * (2 / math.pi) ** 0.5

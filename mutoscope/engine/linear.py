@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mutoscope.engine import pages
 from mutoscope.engine.gguf import GGMLType
+from mutoscope.engine.kernels import Product
 from mutoscope.engine.quants import dequantize, dequantize_rows
 
 FLOATS: dict[int, torch.dtype] = {
@@ -107,16 +108,6 @@ class Shared:
             way = self._ways.get(what)
             self._made[what] = make(self.x) if way is None else way()
         return self._made[what]
-
-
-@dataclass(frozen=True)
-class Product:
-    """Rows [M, N] of a product before its last pass, which is the caller's: y * step + bias. Without step, complete."""
-
-    y_MN: Tensor
-    step_M1: Tensor | None = None
-    bias: Tensor | None = None
-    """[N], or of each row [M, N]."""
 
 
 def shared(x: Tensor, *layers: nn.Module, low: float | None = None) -> Tensor | Shared:

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutoscope.engine.gguf import GGMLType
-from mutoscope.engine.int8 import Int8, Weight, gelu_, prepare, product, quantize_rows, rows_of
-from mutoscope.engine.linear import Packed, Product, QuantLinear, Shared, Unpacked, linear_pointwise
+from mutoscope.engine.int8 import Int8, Weight, gelu_, prepare, product, quantize_rows, rows_of, unfinished
+from mutoscope.engine.kernels import Product
+from mutoscope.engine.linear import Packed, QuantLinear, Shared, Unpacked, linear_pointwise
 from mutoscope.engine.lora_files import Changes, is_linear, read_lora
 
 Undo = Callable[[], None]
@@ -102,7 +103,7 @@ class SidePath(nn.Module):
         return layer.precision.linear(given, layer.weight, more, gelu=gelu)
 
     def products(self, x: Tensor | Shared) -> Iterator[tuple[slice, Product]]:
-        """As the layer's; the addition is in the bias of integer products."""
+        """As the layer's; beside integer products the addition is a second one."""
         if self.prepared is None:
             y_MN = self(x).flatten(0, -2)
             yield slice(0, len(y_MN)), Product(y_MN)
@@ -112,7 +113,8 @@ class SidePath(nn.Module):
         given = x if isinstance(x, Shared) else Shared(x)
         low = quantize_rows(product(rows_of(given), down, None))
         for part, p in layer.products(given):
-            yield part, Product(p.y_MN, p.step_M1, product(low[part], up, p.bias))
+            side = unfinished(low[part], up, None)
+            yield part, Product(p.y_MN, p.step_M1, p.bias, side.y_MN, side.step_M1)
 
     def extra_repr(self) -> str:
         return f"rank {self.down.shape[0]}" + ("" if self.dense is None else " and a dense difference")

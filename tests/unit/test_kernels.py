@@ -13,6 +13,7 @@ from torch import Tensor
 from mutoscope.engine import fused, int8, jit, kernels
 from mutoscope.engine.gguf import GGMLType
 from mutoscope.engine.jit import LANES, Kernel
+from mutoscope.engine.kernels import Product
 from mutoscope.engine.linear import Packed, QuantLinear, Shared
 from mutoscope.engine.precision import chooser
 from mutoscope.engine.quants import dequantize, quantize
@@ -136,7 +137,7 @@ def test_gelu_of_a_product() -> None:
     q, step_out = torch.empty(21, 160, dtype=torch.uint8), torch.empty(21, 1)
     for given in (bias, bias.expand(21, -1) + random(21, 160, seed=3)):
         expected = F.gelu(y.double() * step + given, approximate="tanh")
-        kernels.gelu_int8(y, step, given.contiguous(), GELU_LOW, q, step_out)
+        kernels.gelu_int8(Product(y, step, given.contiguous()), GELU_LOW, q, step_out)
         got = (q.double() - 1) * step_out + GELU_LOW
         assert ((got - expected).abs() <= 0.502 * step_out).all()
 
@@ -164,13 +165,13 @@ def test_heads(dtype: torch.dtype, with_rope: bool, with_norm: bool) -> None:
     steps = (step, bias) if dtype == torch.float32 else (None, None)
     out = torch.zeros(2, 3, 16, 32, dtype=BF16)
     for part in (slice(0, 17), slice(17, 24)):
-        parts = (y[part], None if steps[0] is None else step[part], steps[1])
-        kernels.heads(*parts, out, first=part.start, scale=0.3, common_N=common, **given)
+        rows = Product(y[part], None if steps[0] is None else step[part], steps[1])
+        kernels.heads(rows, out, first=part.start, scale=0.3, common_N=common, **given)
     less = (expected - common.view(3, 1, 32)) * 0.3
     torch.testing.assert_close(out[:, :, :12].float(), less, rtol=1.01 * ROUNDING, atol=1e-5)
     assert not out[:, :, 12:].any()
     some = torch.empty(5, 96)
-    kernels.heads(y, *steps, some, first=0, every=5, **given)
+    kernels.heads(Product(y, *steps), some, first=0, every=5, **given)
     torch.testing.assert_close(some, expected.transpose(1, 2).reshape(24, 96)[::5], rtol=1e-5, atol=1e-5)
 
 
@@ -183,13 +184,18 @@ def test_gated_sum(dtype: torch.dtype) -> None:
         stream = random(2, 20, 32, seed=5)
         expected = stream.clone()
         expected[:, 3:10] += complete.view(2, 7, 32) * gate
-        kernels.add_gated(stream[:, 3:10], y, *steps, gate, 0)
+        kernels.add_gated(stream[:, 3:10], Product(y, *steps), gate, 0)
         torch.testing.assert_close(stream, expected, rtol=1e-6, atol=1e-5)
     later = random(2, 10, 32, seed=5)
     expected = later.clone().view(20, 32)
     expected[6:] += complete
-    kernels.add_gated(later, y, *steps, 1.0, 6)
+    kernels.add_gated(later, Product(y, *steps), 1.0, 6)
     torch.testing.assert_close(later.view(20, 32), expected, rtol=1e-6, atol=1e-5)
+    if dtype == torch.float32:
+        y2, step2 = random(14, 32, seed=7), random(14, 1, seed=8)
+        kernels.add_gated(later, Product(y, step, None, y2, step2), 1.0, 6)
+        expected[6:] += y * step + y2 * step2
+        torch.testing.assert_close(later.view(20, 32), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_softmax(threads: int) -> None:
@@ -319,7 +325,7 @@ def test_a_mutant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, gated, softmax = kernels.heads, kernels.add_gated, kernels.softmax_
     mutants = {
         "heads": lambda *a, **k: heads(*a, **{**k, "rope": None}),
-        "add_gated": lambda x, y, step, bias, gate, first: gated(x, y, step, bias, 1.0, first),
+        "add_gated": lambda x, product, gate, first: gated(x, product, 1.0, first),
         "softmax_": lambda logits, n: softmax(logits, logits.shape[1]),
     }
     for name, mutant in mutants.items():
