@@ -1,4 +1,4 @@
-"""How long others wait while a large batch is made: in one write, and in pieces, in turns in one run.
+"""How long others wait while a large batch is made or cancelled: in one write, and in pieces, in turns in one run.
 
     python -m benchmarks.batches [--items 10000] [--rounds 2] [--database-url postgresql+psycopg://...]
 
@@ -14,11 +14,12 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from mutoscope.jobs import accounts, batching, ledger, migrations
+from mutoscope.jobs import accounts, batches, batching, ledger, migrations
 from mutoscope.jobs.database import Database
-from mutoscope.jobs.model import Caller, Priority
+from mutoscope.jobs.model import Caller, Priority, State
 from mutoscope.jobs.service import Service
 from mutoscope.jobs.spec import JobSpec
 from mutoscope.settings import Settings
@@ -46,39 +47,43 @@ def beside(db: Database, service: Service, caller: Caller, until: threading.Even
     return found
 
 
-def during(
-    db: Database, service: Service, callers: tuple[Caller, Caller], n: int, piece: int
-) -> dict[str, float]:
-    """Make a batch with others beside it; 0 items: nobody does."""
-    batching.PIECE = piece
-    specs = [JobSpec(prompt=f"a red ball number {i}", quality="draft") for i in range(n)]
+def during(db: Database, service: Service, caller: Caller, work: Callable[[], None]) -> dict[str, float]:
+    """Do something with others beside it."""
     over = threading.Event()
     latencies: list[float] = []
-    other = threading.Thread(target=lambda: latencies.extend(beside(db, service, callers[1], over)))
+    other = threading.Thread(target=lambda: latencies.extend(beside(db, service, caller, over)))
     other.start()
     time.sleep(0.3)
     began = time.monotonic()
-    if n:
-        in_pieces = piece < n
-        with db.read() as tx:
-            prepared = batching.prepare(tx, service, callers[0], specs, Priority.NORMAL) if in_pieces else ()
-        with db.write() as tx:
-            batch = batching.create(tx, service, callers[0], specs, prepared=prepared)
-        batching.go_on(db, service, batch.id)
-    else:
-        time.sleep(ALONE_S)
+    work()
     took = time.monotonic() - began
     over.set()
     other.join()
-    if n:
-        with db.read() as tx:
-            assert ledger.check(tx) == []
-            assert sum(batching.batches.get(tx, "big", batch.id).counts.values()) == n
-        with db.write() as tx:
-            batching.cancel(tx, callers[0], batch.id)
     ordered = sorted(latencies)
     return {"took_s": took, "p50_ms": 1e3 * statistics.median(ordered), "most_ms": 1e3 * ordered[-1],
             "p90_ms": 1e3 * ordered[int(0.9 * (len(ordered) - 1))]}  # fmt: skip
+
+
+def make(db: Database, service: Service, caller: Caller, n: int) -> None:
+    specs = [JobSpec(prompt=f"a red ball number {i}", quality="draft") for i in range(n)]
+    in_pieces = n > batching.PIECE
+    with db.read() as tx:
+        prepared = batching.prepare(tx, service, caller, specs, Priority.NORMAL) if in_pieces else ()
+    with db.write() as tx:
+        batch = batching.create(tx, service, caller, specs, prepared=prepared)
+    batching.go_on(db, service, batch.id)
+
+
+def cancel(db: Database, caller: Caller, n: int) -> None:
+    """The last one."""
+    with db.write() as tx:
+        batch = batches.listing(tx, caller.account.id, limit=1)[0]
+        batching.cancel(tx, caller, batch.id)
+    batching.stop_rest(db, batch.id)
+    with db.read() as tx:
+        assert ledger.check(tx) == []
+        ended = batches.get(tx, caller.account.id, batch.id)
+    assert (ended.counts[State.CANCELLED], ended.finished_at is not None) == (n, True)
 
 
 def main() -> None:
@@ -94,13 +99,19 @@ def main() -> None:
         db = Database(settings.database)
         migrations.upgrade(db)
         service = Service.make(settings)
-        callers = caller_of(db, "big"), caller_of(db, "small")
+        big, small = caller_of(db, "big"), caller_of(db, "small")
+        works: dict[str, Callable[[], None]] = {
+            "make": lambda: make(db, service, big, asked.items),
+            "cancel": lambda: cancel(db, big, asked.items),
+        }
         for _ in range(asked.rounds):
-            for name, n, size in (("alone", 0, piece), ("one write", asked.items, asked.items),
-                                  (f"pieces of {piece}", asked.items, piece)):  # fmt: skip
-                row = during(db, service, callers, n, size)
-                found.setdefault(name, []).append(row)
-                print(f"{name:<15}", "  ".join(f"{k} {v:8.1f}" for k, v in row.items()), flush=True)
+            found.setdefault("alone", []).append(during(db, service, small, lambda: time.sleep(ALONE_S)))
+            print("alone", found["alone"][-1], flush=True)
+            for way, size in (("in one write", asked.items), (f"in pieces of {piece}", piece)):
+                batching.PIECE = size
+                for name, work in works.items():
+                    found.setdefault(f"{name} {way}", []).append(during(db, service, small, work))
+                    print(f"{name} {way}", found[f"{name} {way}"][-1], flush=True)
         db.close()
     print(json.dumps(found))
 

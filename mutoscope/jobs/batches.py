@@ -12,7 +12,7 @@ from sqlalchemy.engine import Row
 from mutoscope.jobs import outbox
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import NotFound
-from mutoscope.jobs.model import TERMINAL, State
+from mutoscope.jobs.model import TERMINAL, WAITING, State
 from mutoscope.jobs.schema import batches, jobs
 
 PRICED, RUNNING, FINISHED, CANCELLED = "priced", "running", "finished", "cancelled"
@@ -110,6 +110,11 @@ def _batch(tx: Tx, row: Row[Any]) -> Batch:
         counts[State(state)] = int(n)
         done += float(n) if State(state) in TERMINAL else float(progress or 0.0)
         credits += int(captured or 0)
+    if row.state == CANCELLED:  # what still waits has not long to wait
+        for state in WAITING:
+            done += counts[state]
+            counts[State.CANCELLED] += counts[state]
+            counts[state] = 0
     if row.confirmed_at is not None:  # those to come wait too, until somebody does not want them any more
         counts[State.QUEUED if row.state == RUNNING else State.CANCELLED] += row.total - row.made
         done += 0 if row.state == RUNNING else row.total - row.made

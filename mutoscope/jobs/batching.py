@@ -113,7 +113,8 @@ def confirm(tx: Tx, service: Service, caller: Caller, batch_id: str) -> Batch:
 
 
 def cancel(tx: Tx, caller: Caller, batch_id: str) -> Batch:
-    """What waits ends now, what runs is asked to stop, what is done stays."""
+    """What waits ends now, what runs is asked to stop, what is done stays. Of a large batch a piece ends here and the
+    others in `stop_rest`; whoever looks counts them as cancelled already."""
     need_scope(caller, "jobs")
     accounts.get(tx, caller.account.id, hold=True)
     batch = batches.get(tx, caller.account.id, batch_id)
@@ -125,12 +126,32 @@ def cancel(tx: Tx, caller: Caller, batch_id: str) -> Batch:
     )
     ended = {"finished_at": tx.now} if batch.state == batches.PRICED else {}
     tx.run(sa.update(table).where(mine).values(state=batches.CANCELLED, items=[], held=0, **ended))
-    queue.cancel_waiting(tx, batch_id)
+    _stop_some(tx, batch_id)
     batches.on_end(tx, batch_id)  # what was made may have ended before
+    return batches.get(tx, caller.account.id, batch_id)
+
+
+def stop_rest(db: Database, batch_id: str) -> None:
+    """End what still waits of a cancelled batch, piece by piece; what began to run meanwhile is asked to stop."""
+    with db.read() as tx:
+        batch = tx.first(sa.select(table.c.account_id, table.c.state).where(table.c.id == batch_id))
+    more = batch is not None and batch.state == batches.CANCELLED
+    while more:
+        assert batch is not None
+        began = time.monotonic()
+        with db.write() as tx:
+            accounts.get(tx, batch.account_id, hold=True)
+            more = _stop_some(tx, batch_id)
+        time.sleep(min(MOST_PAUSE_S, time.monotonic() - began) if more else 0)
+
+
+def _stop_some(tx: Tx, batch_id: str) -> bool:
+    """Whether there may be more that waits."""
+    ended = queue.cancel_waiting(tx, batch_id, limit=PIECE)
     runs = sa.select(jobs.c.id).where(jobs.c.batch_id == batch_id, jobs.c.state == State.RUNNING)
     for row in tx.all(runs.order_by(jobs.c.seq)):
         queue.cancel(tx, row.id)
-    return batches.get(tx, caller.account.id, batch_id)
+    return ended == PIECE
 
 
 def parse(text: str) -> list[JobSpec]:
@@ -241,12 +262,16 @@ def _owner(tx: Tx, row: Any) -> Caller:
 
 
 def go_on_with_left(db: Database, service: Service) -> int:
-    """Batches that a process which died has left; how many."""
+    """Batches that a process which died has left, half made or half cancelled; how many were half made."""
     with db.read() as tx:
         left = sa.select(table.c.id).where(table.c.state == batches.RUNNING, table.c.made < table.c.total)
         found = [row.id for row in tx.all(left.where(table.c.confirmed_at < tx.now - LEFT_S))]
+        ends = sa.select(table.c.id).where(table.c.state == batches.CANCELLED, table.c.finished_at.is_(None))
+        cancelled = [row.id for row in tx.all(ends)]
     for batch_id in found:
         go_on(db, service, batch_id)
+    for batch_id in cancelled:
+        stop_rest(db, batch_id)
     return len(found)
 
 

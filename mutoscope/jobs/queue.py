@@ -386,10 +386,12 @@ def cancel(tx: Tx, job_id: str) -> Job:
     return get(tx, job_id)
 
 
-def cancel_waiting(tx: Tx, batch_id: str) -> int:
-    """All jobs of a batch that wait end now, at once. Returns how many. The caller holds their account."""
-    mine = (jobs.c.batch_id == batch_id, jobs.c.state.in_(WAITING))
-    return len(_move_all(tx, JobEvent.CANCEL, {"message": "Cancelled before it ran."}, *mine))
+def cancel_waiting(tx: Tx, batch_id: str, *, limit: int) -> int:
+    """Jobs of a batch that wait end now, the last ones first, at most `limit` at once. Returns how many. The caller
+    holds their account."""
+    waits = sa.select(jobs.c.id).where(jobs.c.batch_id == batch_id, jobs.c.state.in_(WAITING))
+    ids = [row.id for row in tx.all(waits.order_by(jobs.c.seq.desc()).limit(limit))]
+    return len(_move_all(tx, JobEvent.CANCEL, {"message": "Cancelled before it ran."}, jobs.c.id.in_(ids)))
 
 
 def delete(tx: Tx, job_id: str) -> Job:

@@ -132,7 +132,11 @@ def add(api: APIRouter, ctx: Context) -> None:
         def act(tx: Tx, caller: Caller, _: None) -> Reply:
             return Reply(200, batches.public(batching.cancel(tx, caller, batch_id)))
 
-        return await edge.write(ctx, request, nothing, act, DIALECT)
+        async def rest(reply: Reply) -> None:
+            if reply.body["total"] > batching.PIECE:
+                await edge.on_thread(lambda: batching.stop_rest(ctx.db, batch_id))
+
+        return await edge.write(ctx, request, nothing, act, DIALECT, after=rest)
 
     @api.get(
         "/batches/{batch_id}/results",

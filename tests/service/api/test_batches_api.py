@@ -9,9 +9,9 @@ import pytest
 import sqlalchemy as sa
 from api_house import DRAFT, House
 
-from mutoscope.jobs import accounts, batching, ledger
+from mutoscope.jobs import accounts, batching, ledger, queue
 from mutoscope.jobs.errors import InvalidRequest
-from mutoscope.jobs.model import Caller
+from mutoscope.jobs.model import Caller, State
 from mutoscope.jobs.spec import JobSpec
 
 LINES = '{"prompt": "one", "quality": "draft"}\n\n{"prompt": "two", "quality": "draft", "seed": 7}\n'
@@ -319,3 +319,28 @@ def test_what_cannot_be_made_any_more_is_cancelled(
     left = house.get(f"/batches/{batch_id}")
     assert (left["state"], left["counts"]["cancelled"]) == ("cancelled", 5)
     _is_sound(house, 0)
+
+
+def test_a_cancel_in_pieces(either_house: House, pieces: None) -> None:
+    house, service = either_house, either_house.app.state.ctx.service
+    batch_id = house.post("/batches", {"items": items(7)})["id"]
+    with house.db.write() as tx:
+        caller = Caller(account=accounts.get(tx, "default"), key_id="key", scopes=("jobs",))
+        stopped = batching.cancel(tx, caller, batch_id)
+    assert (stopped.state, stopped.counts[State.CANCELLED], stopped.progress) == ("cancelled", 7, 1.0)
+    assert house.get("/jobs", params={"batch_id": batch_id, "state": "queued"})["total"] == 5
+    running = house.claim()  # a worker was faster
+    batching.go_on_with_left(house.db, service)  # as after the death of the process
+    assert house.get("/jobs", params={"batch_id": batch_id, "state": "queued"})["total"] == 0
+    assert house.get(f"/jobs/{running.id}")["cancel_asked"]
+    assert house.get(f"/batches/{batch_id}")["finished_at"] is None
+    with house.db.write() as tx:
+        queue.cancelled(tx, running.id, running.fence)
+    done = house.get(f"/batches/{batch_id}")
+    assert (done["finished_at"] is not None, done["counts"]["cancelled"]) == (True, 7)
+    _is_sound(house, 0)
+
+    whole = house.post("/batches", {"items": items(7)})["id"]
+    house.post(f"/batches/{whole}/cancel", expect=200)
+    assert house.get("/jobs", params={"batch_id": whole, "state": "cancelled"})["total"] == 7
+    assert house.get(f"/batches/{whole}")["finished_at"] is not None
