@@ -22,6 +22,7 @@ from mutoscope.request import PrecisionName
 PREFIX = "MUTOSCOPE_"
 NOT_OURS = (
     "HOME",
+    "CACHE",
     "DEBUG",
     "KEY",
     "SETTINGS_JSON",
