@@ -148,7 +148,7 @@ def test_the_last_jobs_of_a_batch_end_at_once(db: Database, account: str) -> Non
         with db.write() as tx:
             tx.run(
                 sa.insert(table).values(
-                    id=f"b{i}", account_id="acct", state=batches.RUNNING, priority="normal", total=4, estimate={},
+                    id=f"b{i}", account_id="acct", state=batches.RUNNING, priority="normal", total=4, made=4, estimate={},
                     items=[], created_at=tx.now, confirmed_at=tx.now, webhook_url="https://example.com/hook",
                 )
             )  # fmt: skip
