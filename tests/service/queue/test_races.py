@@ -148,8 +148,8 @@ def test_the_last_jobs_of_a_batch_end_at_once(db: Database, account: str) -> Non
         with db.write() as tx:
             tx.run(
                 sa.insert(table).values(
-                    id=f"b{i}", account_id="acct", state=batches.RUNNING, priority="normal", total=4, made=4, estimate={},
-                    items=[], created_at=tx.now, confirmed_at=tx.now, webhook_url="https://example.com/hook",
+                    id=f"b{i}", account_id="acct", state=batches.RUNNING, priority="normal", total=4, made=4,
+                    estimate={}, items=[], created_at=tx.now, confirmed_at=tx.now, webhook_url="https://example.com/hook",
                 )
             )  # fmt: skip
             queue.insert_many(tx, [new_job(cost=0, batch_id=f"b{i}", batch_index=n) for n in range(4)])
