@@ -16,11 +16,11 @@ PROMPTS = (
     "a large red ball falls and bounces on a gray background",
     "a yellow star moves to the right on a navy background",
     "a green ring grows on a black background",
-    "a large white cross spins on a teal background",
-    "a pink square moves up on a brown background",
-    "a blue triangle moves to the left on a gray gradient background",
-    "an orange circle shrinks on a dark green background",
-    "a purple box falls and bounces on a teal gradient background",
+    "a large white cross spins on a striped teal background",
+    "a large pink square on a checkered brown background, the camera pans left",
+    "a blue triangle with a shadow moves to the left on a gray gradient background",
+    "an orange ball bounces between the walls on a dark green background with a horizon",
+    "a large purple box on a checkered teal background, the camera zooms in",
 )
 SEED = 7
 SCALE = 2
