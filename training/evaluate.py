@@ -196,12 +196,13 @@ def main() -> None:
     )
     parser.add_argument("--sheets", type=Path, help="folder for pictures of the answers")
     parser.add_argument("--write", type=Path, nargs="*", default=[], help="pages whose table is replaced")
+    parser.add_argument("--precision", default="auto", help="as of mutoscope generate: exact to compare with")
     parser.add_argument("--threads", type=int)
     a = parser.parse_args()
     if a.threads:
         torch.set_num_threads(a.threads)
     start = time.time()
-    rows, answers = evaluate(Engine(a.model), a.rows, most=a.most, kept=a.clips)
+    rows, answers = evaluate(Engine(a.model, precision=a.precision), a.rows, most=a.most, kept=a.clips)
     if a.before:
         rows = with_before(rows, a.before)
     if a.json:
