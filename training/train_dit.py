@@ -132,7 +132,7 @@ class Examples:
             shown.append(tasks.random_task(self.rng, shard.frames[row], boxes))
         n, shape = len(shown), shown[0].frames.shape
         mask = torch.from_numpy(np.stack([s.mask for s in shown]))[:, None]
-        kept = self.nothing((shape[0], *shape[1:3])).repeat(n, 1, 1, 1, 1)
+        kept = self.nothing(shape[:3]).repeat(n, 1, 1, 1, 1)
         made = kept.clone()
         # Most clips show nothing of one of the two, whose code is always the same.
         keeps = [i for i, s in enumerate(shown) if not s.mask.all()]
