@@ -26,7 +26,7 @@ from mutoscope.jobs.model import Account, Caller, Priority, State, new_id
 from mutoscope.jobs.schema import batches as table
 from mutoscope.jobs.schema import jobs
 from mutoscope.jobs.service import Prepared, Service, check_metadata, need_scope
-from mutoscope.jobs.spec import JobSpec
+from mutoscope.jobs.spec import JobSpec, first_mistake
 from mutoscope.jobs.view import Link, public
 
 log = logging.getLogger("mutoscope.jobs")
@@ -188,9 +188,7 @@ def item(value: Any, index: int, where: str = "") -> JobSpec:
     try:
         return JobSpec.model_validate(value)
     except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        said = "is not a field here" if first["type"] == "extra_forbidden" else first["msg"]
+        name, said = first_mistake(e)
         message = f"{where}, {name}: {said}." if name else f"{where}: {said}."
         raise InvalidRequest(
             message.replace("Value error, ", ""), field=f"items[{index}].{name}".rstrip(".")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mutoscope.planning import MAX_LORA_STRENGTH
 
@@ -21,6 +21,13 @@ OutputFormat = Literal[
     "mp4", "webm", "gif", "png", "jpeg", "webp", "png_sequence", "prores", "hdr10", "hlg", "exr_sequence"
 ]
 Fraction = Field(ge=0, le=1)
+
+
+def first_mistake(error: ValidationError) -> tuple[str, str]:
+    """The path of the first wrong field, and what is said about it."""
+    first = error.errors(include_url=False)[0]
+    said = "is not a field here" if first["type"] == "extra_forbidden" else first["msg"]
+    return ".".join(str(part) for part in first["loc"]), said
 
 
 class Strict(BaseModel):

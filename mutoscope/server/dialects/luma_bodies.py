@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mutoscope.jobs.errors import InvalidRequest, Unsupported
-from mutoscope.jobs.spec import JobSpec, Keyframe, Media, Outpaint, Reference, Tier
+from mutoscope.jobs.spec import JobSpec, Keyframe, Media, Outpaint, Reference, Tier, first_mistake
 from mutoscope.server.dialects.inputs import File, Named, like
 
 T = TypeVar("T", bound=BaseModel)
@@ -391,7 +391,5 @@ def body_of(kind: type[T], value: Any) -> T:
     try:
         return kind.model_validate(value)
     except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        what = "is not a field here" if first["type"] == "extra_forbidden" else first["msg"]
-        raise InvalidRequest(f"{field}: {what}.", field=field) from e
+        field, said = first_mistake(e)
+        raise InvalidRequest(f"{field}: {said}.", field=field) from e
