@@ -11,12 +11,9 @@ every write names the fence. A worker that was frozen and comes back too late ch
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 import math
 import os
-import re
 import shutil
 import signal
 import socket
@@ -27,24 +24,15 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from PIL import Image
 
 from mutoscope import __version__, logs
-from mutoscope.errors import (
-    Cancelled,
-    FileError,
-    MediaError,
-    MutoscopeError,
-    OutputError,
-    RequestError,
-    ResourceError,
-)
+from mutoscope.errors import Cancelled, FileError, MediaError
 from mutoscope.events import Event, Frames, Preview, Result, Stage, Step
+from mutoscope.failures import Untaken, Unusable, Unwritten, failure_of, is_out_of_memory, writing
 from mutoscope.jobs import eta, fetch, queue, switches, translate, workers
 from mutoscope.jobs.checkpoints import VARIABLE, checkpoint
 from mutoscope.jobs.database import Database, Tx
@@ -54,8 +42,8 @@ from mutoscope.jobs.registry import WITHOUT_MODEL, Registry
 from mutoscope.jobs.resolve import SHORT_SIDE
 from mutoscope.jobs.schema import jobs
 from mutoscope.jobs.spec import JobSpec
+from mutoscope.lease import Lease, preview_uri
 from mutoscope.media.deliver import Delivered, Delivery
-from mutoscope.media.frames import thumbnail
 from mutoscope.media.operations import Planned, frames_of, plan_operation
 from mutoscope.planning import describe, plan
 from mutoscope.runner import Runner, find_runner
@@ -71,7 +59,6 @@ PREVIEW_S = 2.0
 """Previews are encoded and written at most that often; a newer one takes the place of one that waits."""
 IDLE_S = 0.1
 """How often an idle worker looks for a job: one indexed read, and a claim only if something waits."""
-PREVIEW_PX = 256
 ENCODE_SHARE = 0.02
 BEFORE_SHARE, DENOISE_SHARE = 0.03, 0.87
 """Of the progress: what comes before denoising, and denoising; the rest is decoding and writing."""
@@ -83,53 +70,6 @@ class _Stop(Exception):
     def __init__(self, why: str) -> None:
         super().__init__(why)
         self.why = why
-
-
-class _Unusable(Exception):
-    """The model cannot be loaded; the cause says why."""
-
-
-class _Untaken(_Unusable):
-    """The model cannot take the request's LoRAs, or what it asks for; the cause says why."""
-
-
-class _Unwritten(Exception):
-    """The cause came up while output was written, not while it was made."""
-
-
-@dataclass
-class _Lease:
-    """The job in hand. The pulse sets `stop`, the main thread the rest."""
-
-    job: Job
-    stop: str = ""
-    stage: str = "inputs"
-    step: int = 0
-    steps: int = 0
-    fraction: float = 0.0
-    eta_at: float | None = None
-    preview: Preview | None = None
-    news: bool = True
-    written_at: float = 0.0  # monotonic
-    previewed_at: float = 0.0
-    step_seconds: list[float] = field(default_factory=list)
-    load_s: float = 0.0
-    stages: dict[str, float] = field(default_factory=dict)  # seconds in each so far
-    stage_at: float = field(default_factory=time.monotonic)
-
-    def at(self, stage: str, fraction: float, eta_at: float | None = None) -> None:
-        if stage != self.stage:
-            self.times()
-        self.stage, self.fraction = stage, max(self.fraction, min(fraction, 0.999))
-        self.eta_at = eta_at or self.eta_at
-        self.news = True
-
-    def times(self) -> dict[str, float]:
-        """Seconds in each stage, the current one up to now."""
-        now = time.monotonic()
-        self.stages[self.stage] = self.stages.get(self.stage, 0.0) + now - self.stage_at
-        self.stage_at = now
-        return {stage: round(seconds, 3) for stage, seconds in self.stages.items()}
 
 
 class Worker:
@@ -145,7 +85,7 @@ class Worker:
         self.id = worker_id or f"worker-{uuid.uuid4()}"
         self.registry = Registry(settings.models_dir, settings.aliases, settings.loras_dir)
         self.model, self.switches = "", 0
-        self._lease: _Lease | None = None
+        self._lease: Lease | None = None
         self._draining = threading.Event()
         self._drain_until = math.inf  # monotonic
         self._ended = threading.Event()
@@ -207,14 +147,14 @@ class Worker:
         if self.settings.preload:
             try:
                 self._load(self.settings.preload)
-            except _Unusable as e:
+            except Unusable as e:
                 log.warning("model %s is not preloaded: %s", self.settings.preload, e.__cause__)
 
     # -- one job ---------------------------------------------------------------------------------------------
 
     def _perform(self, job: Job) -> None:
         started = time.monotonic()
-        lease = self._lease = _Lease(job, steps=job.resolved.steps, eta_at=job.eta_at)
+        lease = self._lease = Lease(job, steps=job.resolved.steps, eta_at=job.eta_at)
         place = self.settings.data_dir / "outputs" / job.id
         part, final = place / f"{job.fence}.part", place / str(job.fence)
         log.info("job %s: %s on %s", job.id, job.operation, job.model, extra={"job": job.id})
@@ -227,7 +167,7 @@ class Worker:
                 self._at("before-rename")
                 _settle(part, final)
             except OSError as e:
-                raise _Unwritten from e
+                raise Unwritten from e
             took = time.monotonic() - started
             facts = {"took_s": round(took, 3), "device": self.device, "stages": lease.times()}
             self._succeed(lease, final, outputs, {**result, **facts}, took)
@@ -242,7 +182,7 @@ class Worker:
             shutil.rmtree(self._scratch(job), ignore_errors=True)
             self._tell()
 
-    def _make(self, lease: _Lease, folder: Path) -> tuple[list[Output], dict[str, Any]]:
+    def _make(self, lease: Lease, folder: Path) -> tuple[list[Output], dict[str, Any]]:
         """Everything between the claim and the finished files in `folder`."""
         job = lease.job
         spec = JobSpec.model_validate(job.spec)
@@ -279,7 +219,7 @@ class Worker:
         }  # fmt: skip
 
     def _generate(
-        self, lease: _Lease, spec: JobSpec, files: translate.Files, folder: Path
+        self, lease: Lease, spec: JobSpec, files: translate.Files, folder: Path
     ) -> tuple[list[Delivered], dict[str, Any]]:
         """The files, and what is embedded in them: see `planning.describe`."""
         job, r = lease.job, lease.job.resolved
@@ -287,7 +227,7 @@ class Worker:
         try:
             loras = switches.taken(spec, model)
         except InvalidRequest as e:  # since it was asked for, a file has changed or gone
-            raise _Untaken(job.model) from e
+            raise Untaken(job.model) from e
         request = plan(translate.generation_request(spec, r, files, loras), model.manifest)
         info = _without_paths(describe(request, model.manifest), self._scratch(job))
         info = switches.named(info, switches.names(spec, loras))
@@ -306,7 +246,7 @@ class Worker:
         with closing(self.runner.run(request)) as events:  # type: ignore[type-var]
             return self._deliver(lease, events, delivery), info
 
-    def _operate(self, lease: _Lease, spec: JobSpec, files: translate.Files, folder: Path) -> list[Delivered]:
+    def _operate(self, lease: Lease, spec: JobSpec, files: translate.Files, folder: Path) -> list[Delivered]:
         """Enlarge, change the frame rate, or expand to HDR: no model is needed."""
         assert spec.source is not None
         planned = plan_operation(
@@ -325,17 +265,17 @@ class Worker:
         with closing(_as_events(planned)) as events:
             return self._deliver(lease, events, delivery)
 
-    def _deliver(self, lease: _Lease, events: Iterator[Event], delivery: Delivery) -> list[Delivered]:
+    def _deliver(self, lease: Lease, events: Iterator[Event], delivery: Delivery) -> list[Delivered]:
         try:
             self._follow(lease, events, delivery)
             self._at("decoded")
             lease.at("save", 0.99)
-            with _writing():
+            with writing():
                 return delivery.close()
         finally:
             delivery.abort()
 
-    def _follow(self, lease: _Lease, events: Iterator[Event], delivery: Delivery) -> None:
+    def _follow(self, lease: Lease, events: Iterator[Event], delivery: Delivery) -> None:
         """Take events until the result. Between two of them the job can be stopped."""
         for event in events:
             if isinstance(event, Stage):
@@ -351,7 +291,7 @@ class Worker:
             elif isinstance(event, Preview):
                 lease.preview = event
             elif isinstance(event, Frames):
-                with _writing():
+                with writing():
                     delivery.write(event.frames)
                 lease.at("decode", 0.9 + 0.09 * event.done / event.of)
             elif isinstance(event, Result):
@@ -360,7 +300,7 @@ class Worker:
         raise AssertionError("the engine ended without a result")
 
     def _load(self, model: str) -> None:
-        """Make `model` the loaded one. Raises _Unusable, or what says that memory ran out."""
+        """Make `model` the loaded one. Raises Unusable, or what says that memory ran out."""
         if self.model == model:
             return
         self.switches += bool(self.model)
@@ -371,13 +311,13 @@ class Worker:
             self.runner.release()
             if is_out_of_memory(e):
                 raise
-            raise _Unusable(model) from e
+            raise Unusable(model) from e
         self.model = model
 
     # -- how it ends -----------------------------------------------------------------------------------------
 
     def _succeed(
-        self, lease: _Lease, final: Path, outputs: list[Output], result: dict[str, Any], took: float
+        self, lease: Lease, final: Path, outputs: list[Output], result: dict[str, Any], took: float
     ) -> None:
         job = lease.job
         self._at("before-commit")
@@ -399,7 +339,7 @@ class Worker:
         self._at("committed")
         log.info("job %s: done in %.1f s", job.id, took, extra={"job": job.id})
 
-    def _stopped(self, lease: _Lease, why: str) -> None:
+    def _stopped(self, lease: Lease, why: str) -> None:
         job = lease.job
         log.info("job %s: stopped (%s)", job.id, why, extra={"job": job.id})
         if why == "cancel":
@@ -409,9 +349,9 @@ class Worker:
                 lease, lambda tx: queue.lose(tx, job.id, job.fence, "the worker was stopped", crashed=False)
             )
 
-    def _failed(self, lease: _Lease, error: Exception) -> None:
+    def _failed(self, lease: Lease, error: Exception) -> None:
         job = lease.job
-        wrong_model = isinstance(error, _Unusable | FileError) and not isinstance(error, MediaError)
+        wrong_model = isinstance(error, Unusable | FileError) and not isinstance(error, MediaError)
         if wrong_model and job.candidates:
             why = failure_of(error, job.model)[1]
             log.warning("job %s: %s", job.id, why, extra={"job": job.id})
@@ -427,7 +367,7 @@ class Worker:
             self.runner.release()
         self._end(lease, lambda tx: queue.fail(tx, job.id, job.fence, failure, message))
 
-    def _end(self, lease: _Lease, change: Callable[[Tx], Job | None]) -> Job | None:
+    def _end(self, lease: Lease, change: Callable[[Tx], Job | None]) -> Job | None:
         """The last write of a job, tried for as long as its lease holds."""
         until = time.monotonic() + self.settings.lease_s
         while True:
@@ -480,7 +420,7 @@ class Worker:
         if lease is not None and lease.news and now - lease.written_at >= PROGRESS_S and not lease.stop:
             self._progress(lease)
 
-    def _progress(self, lease: _Lease) -> None:
+    def _progress(self, lease: Lease) -> None:
         job, now, picture = lease.job, time.monotonic(), None
         lease.news, lease.written_at = False, now
         if lease.preview is not None and now - lease.previewed_at >= PREVIEW_S:
@@ -501,22 +441,22 @@ class Worker:
                 workers.update(tx, self.id, state=told[0], model=told[1], job_id=told[2], switches=told[3])
             self._told = told
 
-    def _row(self, lease: _Lease) -> Any:
+    def _row(self, lease: Lease) -> Any:
         with self.db.read() as tx:
             columns = (jobs.c.state, jobs.c.fence, jobs.c.cancel_asked_at)
             return tx.first(sa.select(*columns).where(jobs.c.id == lease.job.id))
 
-    def _cancel_asked(self, lease: _Lease) -> bool:
+    def _cancel_asked(self, lease: Lease) -> bool:
         row = self._row(lease)
         return row is not None and row.cancel_asked_at is not None
 
-    def _mark(self, lease: _Lease, *, valid: bool, cancel: bool) -> None:
+    def _mark(self, lease: Lease, *, valid: bool, cancel: bool) -> None:
         if not valid:
             lease.stop = "lost"
         elif cancel:
             lease.stop = "cancel"
 
-    def _why(self, lease: _Lease) -> str:
+    def _why(self, lease: Lease) -> str:
         """Why the job should stop now, or nothing."""
         if not lease.stop and self._draining.is_set():
             now = time.monotonic()
@@ -525,7 +465,7 @@ class Worker:
                 return "drain"
         return lease.stop
 
-    def _look(self, lease: _Lease) -> None:
+    def _look(self, lease: Lease) -> None:
         why = self._why(lease)
         if why:
             raise _Stop(why)
@@ -537,75 +477,12 @@ class Worker:
 # -- helpers -------------------------------------------------------------------------------------------------
 
 
-class _writing:
-    """What fails in this block failed while writing."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (MutoscopeError, OSError)):
-            raise _Unwritten from error
-
-
-def failure_of(error: BaseException, model: str) -> tuple[Failure, str]:
-    """The code of a failure, and its message for people: never a path of this machine for what nobody foresaw."""
-    if isinstance(error, _Untaken):
-        return Failure.MODEL_UNAVAILABLE, f"Model {model} cannot take this any more: {error.__cause__}"
-    if isinstance(error, _Unusable):
-        return Failure.MODEL_UNAVAILABLE, f"Model {model} cannot be loaded: {error.__cause__}"
-    if isinstance(error, _Unwritten):
-        cause = error.__cause__
-        if isinstance(cause, (ResourceError, OSError)):
-            return Failure.STORAGE, "The result could not be stored: the disk is full or not writable."
-        return Failure.BAD_OUTPUT, f"The result could not be encoded: {_base_names(str(cause))}"
-    if isinstance(error, fetch.InputError):
-        return error.failure, str(error)
-    if is_out_of_memory(error) or isinstance(error, ResourceError):
-        said = str(error) if isinstance(error, ResourceError) else "Memory ran out."
-        return Failure.OUT_OF_MEMORY, f"{said} Ask for a smaller size or fewer frames."
-    if isinstance(error, OutputError):
-        return Failure.BAD_OUTPUT, str(error)
-    if isinstance(error, MediaError):
-        return Failure.INPUT_INVALID, f"An input cannot be used: {_base_names(str(error))}"
-    if isinstance(error, RequestError):
-        return Failure.REQUEST_INVALID, str(error)
-    if isinstance(error, FileError):
-        return Failure.MODEL_UNAVAILABLE, str(error)
-    return Failure.INTERNAL, f"An unexpected {type(error).__name__}; the server's log says more."
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Python's own, torch's for devices, and the allocator's on CPU, which has no class of its own."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
-
-
 def _as_events(planned: Planned) -> Generator[Event, None, None]:
     """An operation's frames in the way of the engine."""
     yield Stage(name="decode", seconds=0.0)
     for done, frame in enumerate(frames_of(planned), 1):
         yield Frames(frames=frame[None], done=done, of=max(done, planned.frames))
     yield Result(seconds=0.0)
-
-
-def preview_uri(preview: Preview) -> str:
-    """The middle frame as a small JPEG, as a data URI."""
-    frame = preview.frames[len(preview.frames) // 2]
-    height, width = frame.shape[:2]
-    scale = max(1, min(8, PREVIEW_PX // max(width, height, 1)))
-    picture = Image.fromarray(thumbnail(frame, PREVIEW_PX))
-    if scale > 1:
-        picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
-
-
-def _base_names(text: str) -> str:
-    """Paths shortened to names: where the server keeps things is nobody's business."""
-    return re.sub(r"(?<![^\s'\"(])/[^\s'\"]*?([^\s'\"/]+)(?=$|[\s'\"])", r"\1", text)
 
 
 def _without_paths(value: Any, folder: Path) -> Any:
