@@ -140,16 +140,28 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "background": tuple(world.BACKGROUNDS),
     "background_style": world.BACKGROUND_STYLES,
     "camera": world.CAMERAS,
+    "style": world.STYLES,
+    "relation": world.RELATIONS,
+    "second shape": world.SHAPES,
+    "second color": tuple(world.COLORS),
+    "second motion": world.MOTIONS,
 }
 ATTRIBUTE_SIZES: dict[str, int] = {name: len(values) for name, values in _COLUMNS.items()}
+NO_CLASS = -100  # of an attribute that a scene does not have; what cross entropy ignores
+
+
+def class_of(name: str, value: str) -> int:
+    """The class number of one value of an attribute."""
+    return _COLUMNS[name].index(value)
 
 
 def attributes(scene: Scene) -> dict[str, int]:
-    """Class number of each attribute (of the first object), below `ATTRIBUTE_SIZES`."""
-    first = scene.objects[0]
+    """Class number of each attribute, below `ATTRIBUTE_SIZES`; NO_CLASS for a second object that is not there."""
+    seen = {**vars(scene), **vars(scene.objects[0])}
+    if len(scene.objects) == 2:
+        seen |= {f"second {name}": value for name, value in vars(scene.objects[1]).items()}
     return {
-        name: values.index(getattr(first, name, None) or getattr(scene, name))
-        for name, values in _COLUMNS.items()
+        name: values.index(seen[name]) if seen.get(name) else NO_CLASS for name, values in _COLUMNS.items()
     }
 
 

@@ -77,6 +77,15 @@ def split(
     return muon, adam
 
 
+def load(module: nn.Module, weights: dict[str, Tensor], *, new: str) -> None:
+    """Saved weights into a module; those whose names begin with `new` may be missing, and stay as they are.
+
+    RuntimeError for any other name that is missing or unknown.
+    """
+    kept = {k: v for k, v in module.state_dict().items() if k.startswith(new) and k not in weights}
+    module.load_state_dict({**weights, **kept})
+
+
 def decayed(progress: float, warm_up: float = 0.02, decay: float = 0.4) -> float:
     """Factor of the learning rate at a share of the run: linear warm-up, constant, linear decay to 1 %."""
     if progress < warm_up:

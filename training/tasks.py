@@ -19,8 +19,8 @@ from mutoscope.engine.conditioning import BOX_LINE_PX, GRAY
 from mutoscope.media.frames import to_gray
 
 SHARES = {
-    "text": 0.50, "first": 0.14, "last": 0.03, "both": 0.08, "some": 0.04, "start": 0.08, "end": 0.04,
-    "box": 0.08, "moving": 0.03, "outside": 0.03, "track": 0.05, "gray": 0.025, "outline": 0.015,
+    "text": 0.45, "first": 0.10, "last": 0.03, "both": 0.16, "some": 0.05, "start": 0.05, "end": 0.03,
+    "box": 0.08, "moving": 0.03, "outside": 0.03, "track": 0.09, "gray": 0.025, "outline": 0.015,
 }  # fmt: skip
 """How often each task is trained in a batch without references, relative to each other."""
 NAMES, WEIGHTS = tuple(SHARES), np.array(list(SHARES.values()))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mutoscope.engine.tokenizer import Tokenizer
 from mutoscope.engine.umt5 import UMT5Config, UMT5Encoder
 from mutoscope.engine.wan import WanConfig, WanModel, rope_table
-from training import captions, data, optim, pca, tasks
+from training import captions, data, optim, pca, tasks, world
 from training.make_tokenizer import train_tokenizer
 
 TEXT = {"dim": 128, "ffn_dim": 256, "n_layers": 2, "n_heads": 2, "head_dim": 64, "n_buckets": 32}
@@ -39,6 +39,14 @@ DIT = WanConfig(
 VOCABULARY_SIZE = 512
 SHIFT = 2.0
 """Training times are logit-normal, shifted towards noise: text decides early, when little of the picture is there."""
+OFTENER: dict[str, dict[str, float]] = {
+    "relation": dict.fromkeys(world.RELATIONS, 2.2),
+    "motion": {"orbits": 2.0, "spins": 1.5, "falls": 1.5},
+    "shape": {"star": 1.4, "cross": 1.7},
+    "style": {"outline": 1.4},
+    "size": {"small": 1.3},
+}
+"""How much oftener than others the clips are drawn that are learned last; factors of one clip multiply."""
 
 
 class Starter(nn.Module):
@@ -102,6 +110,7 @@ class Examples:
             masks.append(_token_mask(torch.from_numpy(shard.masks)))
         self.latents, self.masks = torch.cat(latents), torch.cat(masks)
         self.classes = torch.from_numpy(np.concatenate(classes))
+        self.share_up_to = np.cumsum(_oftener(self.classes.numpy()))
         self.lengths = torch.tensor([[len(i) for i in row] for row in ids])
         self.ids = torch.zeros(*self.lengths.shape, int(self.lengths.max()), dtype=torch.long)
         for n, row in enumerate(ids):
@@ -110,7 +119,8 @@ class Examples:
 
     def next(self, n: int, dropout: float = 0.1, unnamed: float = 0.0) -> dict[str, Tensor]:
         """A batch; `unnamed` is the share of captions that leave the object to a reference."""
-        pick = torch.from_numpy(self.rng.integers(len(self.latents), size=n))
+        drawn = self.rng.random(n) * self.share_up_to[-1]
+        pick = torch.from_numpy(np.searchsorted(self.share_up_to, drawn, side="right"))
         which = torch.from_numpy(self.rng.integers(data.CAPTIONS_PER_CLIP, size=n))
         if unnamed:
             which[torch.from_numpy(self.rng.random(n) < unnamed)] = data.CAPTIONS_PER_CLIP
@@ -171,6 +181,17 @@ class Examples:
         return torch.cat((front, empty), dim=2)
 
 
+def _oftener(classes: np.ndarray) -> np.ndarray:
+    """The share of each clip, [N], by `OFTENER`; classes [N, attributes]."""
+    share = np.ones(len(classes))
+    for (name, size), column in zip(captions.ATTRIBUTE_SIZES.items(), classes.T, strict=True):
+        factors = np.ones(size + 1)  # the last is of those without the attribute
+        for value, factor in OFTENER.get(name, {}).items():
+            factors[captions.class_of(name, value)] = factor
+        share *= factors[np.where(column == captions.NO_CLASS, size, column)]
+    return share
+
+
 def _video(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
@@ -206,9 +227,16 @@ def loss_of(
         pooled = (rows * real[..., None]).sum(1) / batch["lengths"][:, None]
         keep = ~batch["dropped"]
         logits = [head(pooled[keep]).float() for head in model.heads.values()]
-        losses = [F.cross_entropy(o, batch["classes"][keep, i]) for i, o in enumerate(logits)]
-        flow = flow + aux * torch.stack(losses).mean()
-        report["aux"] = float(torch.stack(losses).detach().mean())
+        target = batch["classes"][keep]
+        sums = [F.cross_entropy(o, target[:, i], reduction="sum") for i, o in enumerate(logits)]
+        losses = torch.stack(sums) / (target != captions.NO_CLASS).sum(0).clamp(min=1)
+        flow = flow + aux * losses.mean()
+        told = dict(zip(model.heads, losses.tolist(), strict=True))
+        report |= {
+            "aux": float(losses.detach().mean()),
+            "relation": told["relation"],
+            "second": told["second shape"],
+        }
     return flow, report
 
 
@@ -256,7 +284,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
     model = Starter()
     if a.out.exists():
         saved = torch.load(a.out, weights_only=True)
-        model.load_state_dict(saved["weights"])
+        optim.load(model, saved["weights"], new="heads.")
         if stage == "vace" and not saved["vace"]:
             model.start_vace()
     if dist.is_initialized():
@@ -289,7 +317,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
         elif others and step % 6 == 2:
             source = others[(step // 6) % len(others)]
             n = max(1, a.batch * examples.latents[0].numel() // source.latents[0].numel())  # as much work
-        elif stage == "vace" and step % 12 == 7:
+        elif stage == "vace" and step % 6 == 4:
             refer = examples.has_task_inputs
         batch = source.next(n, unnamed=0.6 if refer else 0.0)
         context = None
@@ -301,7 +329,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
         if grid not in ropes:
             ropes[grid] = rope_table(grid, DIT.head_dim, device=device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss, report = loss_of(model, batch, context, ropes[grid], 0.1 if stage == "images" else 0.03)
+            loss, report = loss_of(model, batch, context, ropes[grid], 0.1 if stage == "images" else 0.05)
         for o in optimisers:
             o.zero_grad(set_to_none=True)
         loss.backward()

@@ -150,10 +150,16 @@ def test_held_out_phrasings_are_not_trained_on() -> None:
 
 
 def test_attributes_are_below_their_sizes() -> None:
+    """Those of a second object are there with it, and are its own."""
+    of_pairs = {"relation", "second shape", "second color", "second motion"}
     for scene in scenes("full", 200, seed=15):
         numbers = captions.attributes(scene)
         assert numbers.keys() == captions.ATTRIBUTE_SIZES.keys()
-        assert all(0 <= number < captions.ATTRIBUTE_SIZES[name] for name, number in numbers.items())
+        there = {name: number for name, number in numbers.items() if number != captions.NO_CLASS}
+        assert all(0 <= number < captions.ATTRIBUTE_SIZES[name] for name, number in there.items())
+        assert numbers.keys() - there.keys() == (of_pairs if len(scene.objects) == 1 else set())
+        if len(scene.objects) == 2:
+            assert numbers["second color"] == captions.class_of("color", scene.objects[1].color)
 
 
 # ------------------------------------------------------------------------------------------------ detector
