@@ -39,6 +39,7 @@ LANES = 16
 """Numbers of a vector: 512 bits of float32."""
 
 F32, I32, BF16, I8 = (f"<{LANES} x {t}>" for t in ("float", "i32", "bfloat", "i8"))
+PAIRS = f"<{2 * LANES} x bfloat>"
 _FAST = "reassoc nsz arcp contract"
 """What LLVM may do to sums and products; infinities and NaNs stay what they are."""
 
@@ -230,6 +231,10 @@ class Kernel:
         raw = self.emit(half, f"load {half}, ptr {self._address(base, at, 'float')}, align 1")
         return self._shuffled(raw, [i // 2 for i in range(LANES)])
 
+    def load_bfloats(self, base: Value | str, at: Operand) -> Value:
+        """2 LANES bfloat16 from element `at` on, as they are: for `add_products`."""
+        return self.emit(PAIRS, f"load {PAIRS}, ptr {self._address(base, at, 'bfloat')}, align 1")
+
     def swapped(self, a: Value) -> Value:
         """Numbers 2i and 2i + 1 in each other's place."""
         return self._shuffled(a, [i ^ 1 for i in range(LANES)])
@@ -269,6 +274,13 @@ class Kernel:
     def sum(self, a: Value) -> Value:
         return self.emit(
             "float", f"call reassoc float @llvm.vector.reduce.fadd.v{LANES}f32(float 0.0, {F32} {a.ref})"
+        )
+
+    def add_products(self, sums: Value, a: Value, b: Value) -> Value:
+        """float32 sums plus the products of pairs of bfloat16: numbers 2i and 2i + 1 go into sum i."""
+        return self.emit(
+            F32,
+            f"call {F32} @llvm.x86.avx512bf16.dpbf16ps.512({F32} {sums.ref}, {PAIRS} {a.ref}, {PAIRS} {b.ref})",
         )
 
     def largest(self, a: Value) -> Value:
@@ -399,6 +411,7 @@ declare i32 @omp_get_num_threads()
 declare {F32} @llvm.fabs.v16f32({F32})
 declare {F32} @llvm.x86.avx512.mask.reduce.ps.512({F32}, i32 immarg, {F32}, i16, i32 immarg)
 declare {F32} @llvm.x86.avx512.mask.scalef.ps.512({F32}, {F32}, {F32}, i16, i32 immarg)
+declare {F32} @llvm.x86.avx512bf16.dpbf16ps.512({F32}, {PAIRS}, {PAIRS})
 declare float @llvm.sqrt.f32(float)
 declare float @llvm.vector.reduce.fadd.v16f32(float, {F32})
 declare float @llvm.vector.reduce.fmax.v16f32({F32})

@@ -199,6 +199,14 @@ class _Product:
         return y + self.k.load(self.y2, self.at + i) * self.factor2 if self.kind == "two" else y
 
 
+def unpack_q8_0(k: Kernel, blocks: Value, number: Value, out: Value | str, place: Value) -> None:
+    """A block of Q8_0 to bfloat16, rounded once, at the place of another number."""
+    scale = k.splat(k.load_one(blocks, number * 17, "half").cast("fpext", "float"))
+    for part in range(0, 32, LANES):
+        numbers = k.load(blocks, number * 34 + (2 + part), "i8")
+        k.store(out, place * 32 + part, numbers * scale, "bfloat")
+
+
 def _to_int8(
     k: Kernel, room: str, high: Value, low: float | None, width: Value, row: Value, out: Value, step: Value
 ) -> None:
@@ -379,8 +387,5 @@ def _q8_0() -> Compiled:
     k = Kernel("q8_0")
     blocks, out = k.pointer(), k.pointer()
     with k.rows() as row:
-        scale = k.splat(k.load_one(blocks, row * 17, "half").cast("fpext", "float"))
-        for part in range(0, 32, LANES):
-            numbers = k.load(blocks, row * 34 + (2 + part), "i8")
-            k.store(out, row * 32 + part, numbers * scale, "bfloat")
+        unpack_q8_0(k, blocks, row, out, row)
     return k.compiled()

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mutoscope.engine import pages
+from mutoscope.engine import few_rows, pages
 from mutoscope.engine.gguf import GGMLType
 from mutoscope.engine.kernels import Product
 from mutoscope.engine.quants import dequantize, dequantize_rows
@@ -177,8 +177,10 @@ class Unpacked:
     def linear(
         self, x: Tensor | Shared, weight: Packed, bias: Tensor | None, *, gelu: bool = False
     ) -> Tensor:
-        w = self.unpacked(weight)
         x = x.made(str(self.dtype), self._convert) if isinstance(x, Shared) else x.to(self.dtype)
+        if self._few(x, weight):
+            return self._of_few(x, weight, bias, gelu)
+        w = self.unpacked(weight)
         b = None if bias is None else bias.to(self.dtype)
         if self.fuses_gelu(w.device):
             y = linear_pointwise(x, w, b, gelu)
@@ -188,6 +190,19 @@ class Unpacked:
         if self.drop:
             weight.drop_pages()
         return y
+
+    def _few(self, x: Tensor, weight: Packed) -> bool:
+        n_rows, on_cpu = x.shape[:-1].numel(), weight.data.device.type == "cpu"
+        bfloat16 = x.dtype == torch.bfloat16
+        return on_cpu and bfloat16 and few_rows.can(weight.type_id, n_rows, x.shape[-1], weight.shape[0])
+
+    def _of_few(self, x: Tensor, weight: Packed, bias: Tensor | None, gelu: bool) -> Tensor:
+        """The same without unpacking, to float32."""
+        y = few_rows.product(x.flatten(0, -2), weight.data, weight.shape[0])
+        y = y if bias is None else y.add_(bias)
+        if self.drop:
+            weight.drop_pages()
+        return (F.gelu(y, approximate="tanh") if gelu else y).view(*x.shape[:-1], -1)
 
     def unpacked(self, weight: Packed) -> Tensor:
         """The weight's numbers; those of the last one are still in the buffer if it is asked for again."""

@@ -16,7 +16,7 @@ from mutoscope.engine.streaming import BlockStream, stream_blocks
 from mutoscope.engine.text_cache import TextCache, name_of
 from mutoscope.engine.tokenizer import Tokenizer, clean_text
 from mutoscope.engine.umt5 import UMT5Encoder
-from mutoscope.engine.vae import WanVAE
+from mutoscope.engine.vae import VAEConfig, WanVAE
 from mutoscope.engine.wan import WanModel
 from mutoscope.errors import RequestError
 from mutoscope.manifest import ModelManifest
@@ -112,6 +112,15 @@ class Models:
         return weights.load_vae(self.manifest.files.vae.path, device=self.device, compute_dtype=self.dtype)
 
     @property
+    def vae_config(self) -> VAEConfig:
+        """Told without reading the VAE, which is not needed before its first picture."""
+        return self._vae_facts[0]
+
+    @cached_property
+    def _vae_facts(self) -> tuple[VAEConfig, int]:
+        return weights.check_vae(self.manifest.files.vae.path, compute_dtype=self.dtype)
+
+    @property
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.precision, self.device)
 
@@ -149,7 +158,7 @@ class Models:
     @cached_property
     def resident_bytes(self) -> int:
         """Weights that stay in memory whatever is asked for."""
-        small = sum(p.nbytes for model in (self.dit, self.vae) for p in model.parameters())
+        small = sum(p.nbytes for p in self.dit.parameters()) + self._vae_facts[1]
         if self.stream is None:
             return small + (settle(self.dit, 0) if self.device.type == "cpu" else 0)
         there = sum(b.nbytes for b in self.dit.buffers() if b.device.type == self.device.type)

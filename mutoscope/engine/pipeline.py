@@ -99,7 +99,7 @@ def generate(
             seconds, eta = clock.end_step(request.steps - done)
             yield Step(i=done, n=request.steps, seconds=seconds, eta_seconds=eta)
             if done % PREVIEW_STEPS == 0 and done < request.steps:
-                yield Preview(frames=latents.preview(latest, models.vae.config.rgb))
+                yield Preview(frames=latents.preview(latest, models.vae_config.rgb))
     finally:
         models.without_loras()
         if done == request.steps:
@@ -159,7 +159,7 @@ def write(
 
 
 def _check_models(models: Models, request: GenerationRequest, loras: lora.Loras) -> memory.Need:
-    """Opens the networks, and checks what only they can tell."""
+    """Opens the transformer, looks at the VAE, and checks what only they can tell."""
     config = models.dit.config
     if not config.vace_layers and not request.conditioning.is_empty:
         raise RequestError(
@@ -174,7 +174,7 @@ def _check_models(models: Models, request: GenerationRequest, loras: lora.Loras)
         config,
         request,
         models.device,
-        vae_base_dim=models.vae.config.base_dim,
+        vae_base_dim=models.vae_config.base_dim,
         itemsize=models.dtype.itemsize,
         promised=models.memory_bytes,
         resident=models.resident_bytes + more,

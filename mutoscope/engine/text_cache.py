@@ -21,6 +21,8 @@ from torch import Tensor
 
 from mutoscope.catalog import default_cache_dir
 
+ARITHMETIC = 2
+"""To be raised when the encoder's numbers change in rounding."""
 MAX_BYTES = 64 << 20
 """Of all files together; one of 140 tokens and 4,096 numbers each has 2.3 MB."""
 
@@ -78,6 +80,7 @@ def name_of(encoder: Path, prompt: str, **how: object) -> str:
         "size": stat.st_size,
         "changed": stat.st_mtime_ns,
         "prompt": prompt,
+        "arithmetic": ARITHMETIC,
         "torch": torch.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),
         **how,

@@ -355,6 +355,50 @@ def load_umt5(
     return model, source.metadata
 
 
+@dataclass(frozen=True)
+class _VAEPart:
+    """A parameter of a VAE that is laid out, and where its numbers are."""
+
+    module: nn.Module
+    name: str
+    packed: Packed
+    dtype: torch.dtype
+    trimmable: bool
+
+
+def _vae_parts(path: str | Path, dtype: torch.dtype) -> tuple[vae.WanVAE, list[_VAEPart]]:
+    """A VAE without numbers, and all that has to be filled in."""
+    supply = _Supply("wan_vae", [open_weights(path)], vae.our_names)
+    if "decoder.upsamples.0.upsamples.0.residual.0.gamma" in supply.tensors:
+        raise WeightError(f"{supply.files} is a Wan 2.2 VAE, expected one of Wan 2.1")
+    config = vae.VAEConfig.from_tensors(supply.shapes, supply.metadata)
+    with _LaidOut():
+        model = vae.WanVAE(config)
+    supply.require(name for name, _ in model.named_parameters())
+    resampling = {id(m.time_conv) for m in model.modules() if isinstance(m, vae.Downsample | vae.Upsample)}
+    parts = []
+    for module_name, module in model.named_modules():
+        trimmable = isinstance(module, vae.CausalConv3d) and id(module) not in resampling
+        kept = torch.float32 if isinstance(module, vae.RMSNorm) else dtype
+        for name, parameter in module.named_parameters(recurse=False):
+            full, shape = f"{module_name}.{name}", parameter.shape
+            stored = supply.tensors[full].shape
+            if trimmable and len(stored) == 5 and stored[2] == 1:
+                shape = (*shape[:2], 1, *shape[3:])
+            parts.append(_VAEPart(module, name, supply.take(full, shape), kept, trimmable))
+    supply.finish()
+    return model, parts
+
+
+def check_vae(path: str | Path, *, compute_dtype: torch.dtype) -> tuple[vae.VAEConfig, int]:
+    """What `load_vae` would give, without reading numbers: its configuration, and the most it takes in bytes.
+
+    Raises what `load_vae` raises.
+    """
+    model, parts = _vae_parts(path, compute_dtype)
+    return model.config, sum(part.packed.numel * part.dtype.itemsize for part in parts)
+
+
 def load_vae(
     path: str | Path, *, device: str | torch.device = "cpu", compute_dtype: torch.dtype | None = None
 ) -> vae.WanVAE:
@@ -366,29 +410,13 @@ def load_vae(
         WeightError: the tensors do not make up a Wan 2.1 VAE.
     """
     device = torch.device(device)
-    dtype = compute_dtype or default_compute_dtype(device)
-    supply = _Supply("wan_vae", [open_weights(path)], vae.our_names)
-    if "decoder.upsamples.0.upsamples.0.residual.0.gamma" in supply.tensors:
-        raise WeightError(f"{supply.files} is a Wan 2.2 VAE, expected one of Wan 2.1")
-    config = vae.VAEConfig.from_tensors(supply.shapes, supply.metadata)
-    with _LaidOut():
-        model = vae.WanVAE(config)
-    supply.require(name for name, _ in model.named_parameters())
-    resampling = {id(m.time_conv) for m in model.modules() if isinstance(m, vae.Downsample | vae.Upsample)}
-    for module_name, module in model.named_modules():
-        trimmable = isinstance(module, vae.CausalConv3d) and id(module) not in resampling
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            full, shape = f"{module_name}.{name}", parameter.shape
-            stored = supply.tensors[full].shape
-            if trimmable and len(stored) == 5 and stored[2] == 1:
-                shape = (*shape[:2], 1, *shape[3:])
-            kept = torch.float32 if isinstance(module, vae.RMSNorm) else dtype
-            values = supply.take(full, shape).values(kept)
-            if trimmable and values.ndim == 5 and not values[:, :, :-1].any():
-                values = values[:, :, -1:].contiguous()
-            layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(values.ndim)
-            if layout is not None and device.type == "cpu":  # activations follow; a tenth faster
-                values = values.contiguous(memory_format=layout)
-            setattr(module, name, _parameter(values, device))
-    supply.finish()
+    model, parts = _vae_parts(path, compute_dtype or default_compute_dtype(device))
+    for part in parts:
+        values = part.packed.values(part.dtype)
+        if part.trimmable and values.ndim == 5 and not values[:, :, :-1].any():
+            values = values[:, :, -1:].contiguous()
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(values.ndim)
+        if layout is not None and device.type == "cpu":  # activations follow; a tenth faster
+            values = values.contiguous(memory_format=layout)
+        setattr(part.module, part.name, _parameter(values, device))
     return model.requires_grad_(False).eval()

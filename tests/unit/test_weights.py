@@ -26,7 +26,7 @@ from mutoscope.engine.linear import Packed, QuantEmbedding, QuantLinear, Unpacke
 from mutoscope.engine.umt5 import UMT5Config, UMT5Encoder
 from mutoscope.engine.vae import VAEConfig, WanVAE
 from mutoscope.engine.wan import WanConfig, WanModel, rope_table
-from mutoscope.engine.weights import load_umt5, load_vae, load_wan, open_weights
+from mutoscope.engine.weights import check_vae, load_umt5, load_vae, load_wan, open_weights
 from mutoscope.errors import FileError, WeightError
 
 CONFIG = WanConfig(
@@ -303,12 +303,27 @@ def vae_tensors() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=rng) * 0.1 for name, shape in shapes.items()}
 
 
+def check_bf16(path):
+    return check_vae(path, compute_dtype=torch.bfloat16)
+
+
 def test_vae_convolutions_in_compute_dtype_norms_in_float32(tmp_path):
     model = load_vae(write_gguf(tmp_path / "vae.gguf", vae_tensors()), compute_dtype=torch.bfloat16)
     assert model.config == VAE_CONFIG
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     assert {d for n, d in dtypes.items() if n.endswith("gamma")} == {torch.float32}
     assert {d for n, d in dtypes.items() if not n.endswith("gamma")} == {torch.bfloat16}
+
+
+def test_what_a_vae_takes_is_told_without_reading_it(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "vae.gguf", vae_tensors())
+    model = load_vae(path, compute_dtype=torch.bfloat16)
+    size = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(Packed, "values", lambda *_: pytest.fail("numbers were read"))
+    assert check_bf16(path) == (VAE_CONFIG, size)
+    rest = dict(list(vae_tensors().items())[:-1])
+    with pytest.raises(WeightError, match="missing"):
+        check_bf16(write_gguf(tmp_path / "short.gguf", rest))
 
 
 def test_vae_without_temporal_taps_is_read_as_stored(tmp_path):
@@ -366,7 +381,7 @@ def test_unfinished_conversion_is_explained(tmp_path, tensors):
         load_wan(write_gguf(tmp_path / "a.gguf", rest))
 
 
-@pytest.mark.parametrize("load", [load_wan, load_vae, load_umt5])
+@pytest.mark.parametrize("load", [load_wan, load_vae, check_bf16, load_umt5])
 def test_another_model_is_refused(tmp_path, load):
     with pytest.raises(WeightError, match="not a"):
         load(write_gguf(tmp_path / "a.gguf", {"some.weight": torch.zeros(4, 4)}))
