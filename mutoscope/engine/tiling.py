@@ -75,12 +75,14 @@ def _in_latents(tile_px: int, overlap_px: int) -> tuple[int, int]:
 
 
 def _spans(size: int, tile: int, overlap: int) -> list[slice]:
-    """Evenly spread spans of length `tile` that cover `size` and overlap by `overlap` or more."""
+    """As few evenly spread spans as `tile` allows; they cover `size`, overlap by `overlap` or more, and are no longer
+    than that takes."""
     if size <= tile:
         return [slice(0, size)]
     n = -(-(size - overlap) // (tile - overlap))
-    starts = (round(i * (size - tile) / (n - 1)) for i in range(n))
-    return [slice(start, start + tile) for start in starts]
+    length = -(-(size + (n - 1) * overlap) // n)
+    starts = (round(i * (size - length) / (n - 1)) for i in range(n))
+    return [slice(start, start + length) for start in starts]
 
 
 def _scaled(span: slice, by: int = SPATIAL_STRIDE) -> slice:
