@@ -25,14 +25,19 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 PUBLISHED_LAYERS = 30
 PROMPT_TOKENS = 60
 SD_CPP = "stable-diffusion.cpp"
+VAE_PEERS = ("diffusers", "channels-last")
+"""diffusers as its users have it, and with weights in the layout that is faster here."""
 QUIET = 1.25
 """Slowest over fastest round of one contender, above which a run is not worth reporting."""
+Decode = Callable[[Any], Any]
+"""Latents to frames."""
 
 
 def main() -> None:
@@ -76,6 +81,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help=f"of {PUBLISHED_LAYERS} (the default)")
     parser.add_argument("--type", default="Q8_0", help="of the transformer's weights, default %(default)s")
     parser.add_argument("--vae-size", type=_size, help="of the clip to decode (default 240x128x9)")
+    parser.add_argument(
+        "--vae-peers",
+        type=_peers,
+        default=VAE_PEERS,
+        help=f"ours against which of {','.join(VAE_PEERS)}, or none",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--threads", type=int, help="with 1, the processor's time is taken (for busy machines)"
@@ -98,6 +109,15 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"--sd-cpp {args.sd_cpp}: is no program")
     args.vae_size = args.vae_size or ((128, 128, 5) if args.quick else (240, 128, 9))
     return args
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    names = () if text == "none" else tuple(text.split(","))
+    if unknown := set(names) - set(VAE_PEERS):
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(sorted(unknown))}: expected some of {','.join(VAE_PEERS)}, or none"
+        )
+    return names
 
 
 def _size(text: str) -> tuple[int, int, int]:
@@ -335,84 +355,81 @@ def peak_of(name: str, args: argparse.Namespace) -> int:
 
 
 def decoder(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """One decode of random latents, whole frames, full width."""
+    """One decode of random latents, whole frames, full width; the errors are those of a corner of it."""
     import torch
 
     from benchmarks import ceilings, peers
     from benchmarks.measure import in_turns, relative_error
+    from mutoscope.engine import pages
     from mutoscope.engine.linear import default_compute_dtype
     from mutoscope.engine.weights import load_vae
     from scripts.make_random_model import CONFIGS
 
+    pages.reuse_freed()  # as the pipeline does; the peers get it too
     config, path = CONFIGS["vae"], _vae_file(folder)
     width, height, frames = args.vae_size
     dtype = default_compute_dtype(torch.device("cpu"))
     rng = torch.Generator().manual_seed(0)
     z = torch.randn(1, config.z_dim, (frames + 3) // 4, height // 8, width // 8, generator=rng)
-    z_raw = peers.denormalised(z, config)
+    corner = z[:, :, :2, :16, :16]  # in float32 a whole clip takes longer than all the rest
 
-    exact = peers.load_vae(path, config, torch.float32)
-    expected = exact.decode(z_raw, return_dict=False)[0]
-    del exact
-    vae, peer = load_vae(path), peers.load_vae(path, config, dtype)
-    last = peers.channels_last(peers.load_vae(path, config, dtype))
+    def peer_of(dtype: torch.dtype, last: bool = False) -> Decode:
+        vae = peers.load_vae(path, config, dtype)
+        layout = torch.channels_last_3d if last else torch.preserve_format
+        if last:
+            peers.channels_last(vae)
 
-    def ours() -> torch.Tensor:
-        return vae.decode(z)
+        def decode(z: torch.Tensor) -> torch.Tensor:
+            raw = peers.denormalised(z, config).to(dtype, memory_format=layout)
+            return vae.decode(raw, return_dict=False)[0]
 
-    def theirs() -> torch.Tensor:
-        return peer.decode(z_raw.to(dtype), return_dict=False)[0]
+        return decode
 
-    def theirs_last() -> torch.Tensor:
-        z_last = z_raw.to(dtype).contiguous(memory_format=torch.channels_last_3d)
-        return last.decode(z_last, return_dict=False)[0]
-
-    errors = {"ours": relative_error(ours(), expected), "diffusers": relative_error(theirs(), expected)}
+    makers: dict[str, Callable[[], Decode]] = {
+        "ours": lambda: load_vae(path).decode,
+        "diffusers": lambda: peer_of(dtype),
+        "channels-last": lambda: peer_of(dtype, last=True),
+    }
+    decoders = {name: makers[name]() for name in ("ours", *args.vae_peers)}
+    expected = peer_of(torch.float32)(corner)
+    errors = {name: relative_error(decode(corner), expected) for name, decode in decoders.items()}
     convolutions = ceilings.decoder_convolutions(config, width, height, frames)
+    seconds = in_turns({name: partial(decode, z) for name, decode in decoders.items()}, args.rounds)
     alone: dict[Any, Callable[[], object]] = {c: ceilings.runner(c, dtype) for c in convolutions}
-    seconds = in_turns(
-        {"ours": ours, "diffusers": theirs, "diffusers, channels last": theirs_last}, args.rounds
-    )
     singles = in_turns(alone, args.rounds)
     flops = sum(n * ceilings.convolution_flops(c) for c, n in convolutions.items())
     floor = sum(n * min(singles[c].rounds) for c, n in convolutions.items())
-    report = {
+    report: dict[str, Any] = {
         "case": f"VAE decode, full width, {width}x{height}x{frames}",
         "dtype": str(dtype).removeprefix("torch."),
-        "ours": {**seconds["ours"].as_json(), "relative_error": errors["ours"]},
-        "diffusers": {**seconds["diffusers"].as_json(), "relative_error": errors["diffusers"]},
-        "diffusers_channels_last": seconds["diffusers, channels last"].as_json(),
         "tflop": flops / 1e12,
         "ceiling_gflops": flops / floor / 1e9,
         "floor_s": floor,
+        "share_of_floor": floor / min(seconds["ours"].rounds),
     }
-    _conclude(report)
-    return report
-
-
-def _conclude(report: dict[str, Any]) -> None:
-    """Add the ratios and print it all. Others on the machine only ever add time, so the minima are compared too."""
-    ours, theirs, floor = report["ours"], report["diffusers"], report["floor_s"]
-    report["diffusers_over_ours"] = theirs["median_s"] / ours["median_s"]
-    report["diffusers_over_ours_of_minima"] = theirs["min_s"] / ours["min_s"]
-    report["share_of_floor"] = floor / ours["min_s"]
-    report["quiet"] = all(row["max_s"] < QUIET * row["min_s"] for row in (ours, theirs))
     print(f"\n{report['case']}, {report['dtype']}, {report['tflop']:.2f} TFLOP")
-    for key in ("ours", "diffusers", "diffusers_channels_last", "once_per_clip"):
-        if key in report:
-            row = report[key]
-            error = f"  error {row['relative_error']:.4f}" if "relative_error" in row else ""
-            spread = f"{row['min_s']:.2f} to {row['max_s']:.2f}"
-            print(f"  {key.replace('_', ' '):<24} {row['median_s']:8.2f} s  ({spread}){error}")
     print(
-        f"  {'floor':<24} {floor:8.2f} s  at {report['ceiling_gflops']:.0f} GFLOP/s, measured in the same run"
+        f"  floor          {floor:8.3f} s  at {report['ceiling_gflops']:.0f} GFLOP/s, measured in the same run"
     )
-    print(
-        f"  diffusers / ours {report['diffusers_over_ours']:.2f} (of minima "
-        f"{report['diffusers_over_ours_of_minima']:.2f}), floor / ours {report['share_of_floor']:.2f}"
-    )
+    for name, row in seconds.items():
+        # Others on the machine only ever add time, so the minima are compared too.
+        ratio = row.median / seconds["ours"].median, min(row.rounds) / min(seconds["ours"].rounds)
+        report[name] = {
+            **row.as_json(),
+            "relative_error": errors[name],
+            "over_ours": ratio[0],
+            "over_ours_of_minima": ratio[1],
+        }
+        print(f"  {name:<14} {row}  error {errors[name]:.4f}", end="")
+        print(
+            f"  floor / ours {report['share_of_floor']:.2f}"
+            if name == "ours"
+            else f"  this / ours {ratio[0]:.2f} (of minima {ratio[1]:.2f})"
+        )
+    report["quiet"] = all(max(row.rounds) < QUIET * min(row.rounds) for row in seconds.values())
     if not report["quiet"]:
         print("  The machine was busy with other things; these ratios mean little. Run again.")
+    return report
 
 
 if __name__ == "__main__":

@@ -219,17 +219,18 @@ class CausalConv3d(nn.Module):
         kt, kh, kw = self.weight.shape[2:]
         weight = self.weight
         past = stream.get(self) if kt > 1 else None
+        if past is None and kt > 1:
+            if x.shape[2] == 1:  # a first frame: before it are zeros, so the last tap does it all
+                weight = weight[:, :, -1:]
+            else:
+                past = x.new_zeros(*x.shape[:2], kt - 1, *x.shape[3:])
         if norm is not None:
             x = normed(norm, x, past)
         elif past is not None:
             x = torch.cat((past, x), dim=2)
         if kt > 1:
-            missing = kt - 1 - (0 if past is None else past.shape[2])
-            stream[self] = x[:, :, 1 - kt :].clone()
-            if x.shape[2] == 1:  # a first frame: before it are zeros, so the last tap does it all
-                weight = weight[:, :, -1:]
-            elif missing:
-                x = F.pad(x, (0, 0, 0, 0, missing, 0))
+            last = x[:, :, 1 - kt :]
+            stream[self] = F.pad(last, (0, 0, 0, 0, kt - 1 - last.shape[2], 0))  # copies in any case
         return F.conv3d(x, weight, self.bias, padding=(0, kh // 2, kw // 2))
 
 
@@ -290,6 +291,29 @@ class Downsample(nn.Module):
         )
 
 
+def convolved_twice_as_large(x_NCHW: Tensor, conv: nn.Conv2d) -> Tensor:
+    """What a 3x3 convolution makes of x when every pixel is 2x2, [N, O, 2H, 2W], channels last.
+
+    Its nine taps lie on 2x2 pixels of x, other ones for each of the four pixels that one becomes. So it is four 2x2
+    convolutions of x, as one with 4 O channels: 16 multiplications instead of 36, and no doubled x in memory.
+    """
+    n, _, h, w = x_NCHW.shape
+    o = conv.out_channels
+    sums = torch.tensor(_SUMS)
+    taps = torch.einsum("ayk,bxl,oikl->aboiyx", sums, sums, conv.weight.float()).flatten(0, 2)
+    taps = taps.to(x_NCHW.dtype).contiguous(memory_format=torch.channels_last)
+    four = F.conv2d(x_NCHW, taps, conv.bias.repeat(4), padding=1).permute(0, 2, 3, 1)  # type: ignore[union-attr]
+    out = four.new_empty(n, h, 2, w, 2, o)
+    for a, b in itertools.product((0, 1), repeat=2):
+        first = (2 * a + b) * o
+        out[:, :, a, :, b] = four[:, a : a + h, b : b + w, first : first + o]
+    return out.view(n, 2 * h, 2 * w, o).permute(0, 3, 1, 2)
+
+
+_SUMS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
+"""Which of three taps fall on either of two neighbours, for the first and for the second half of a pixel."""
+
+
 class Upsample(nn.Module):
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
@@ -306,7 +330,10 @@ class Upsample(nn.Module):
                 x = self._interleaved(x, c)
         f = x.shape[2]
         frames = x.transpose(1, 2).reshape(b * f, c, *x.shape[3:])
-        frames = self.resample["1"](F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
+        if _in_one_pass(x):
+            frames = convolved_twice_as_large(frames, self.resample["1"])
+        else:
+            frames = self.resample["1"](F.interpolate(frames, scale_factor=2.0, mode="nearest-exact"))
         return frames.view(b, f, c // 2, *frames.shape[2:]).transpose(1, 2)
 
     @staticmethod

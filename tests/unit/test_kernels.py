@@ -17,7 +17,7 @@ from mutoscope.engine.kernels import Product
 from mutoscope.engine.linear import Packed, QuantLinear, Shared
 from mutoscope.engine.precision import chooser
 from mutoscope.engine.quants import dequantize, quantize
-from mutoscope.engine.vae import VAEConfig, WanVAE
+from mutoscope.engine.vae import VAEConfig, WanVAE, convolved_twice_as_large
 from mutoscope.engine.wan import GELU_LOW, WanConfig, WanModel, apply_rope, rope_table
 
 pytestmark = pytest.mark.skipif(not jit.available(), reason="no compiled kernels here")
@@ -240,6 +240,19 @@ def test_the_vae_decodes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 3 * (2 * 6 + 1)  # chunks; residual blocks and the head
     library = without_kernels(lambda: vae.decode(z), monkeypatch)
     assert error(got, exact.decode(z)) < 1.15 * error(library, exact.decode(z)) < 0.05
+
+
+def test_a_convolution_of_doubled_pixels() -> None:
+    """As exact as convolving them in bfloat16, the sums of taps being rounded once more."""
+    conv = torch.nn.Conv2d(16, 24, 3, padding=1)
+    exact = conv.to(BF16).double()
+    x = random(2, 16, 5, 3).to(BF16)
+    expected = exact(F.interpolate(x.double(), scale_factor=2.0, mode="nearest-exact"))
+    conv = conv.to(BF16)
+    got = convolved_twice_as_large(x.contiguous(memory_format=torch.channels_last), conv)
+    assert got.shape == (2, 24, 10, 6)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert error(got, expected) < ROUNDING
 
 
 def test_q8_0_is_rounded_once() -> None:
