@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ def open_models(
     compiled: bool = False,
 ) -> Models:
     """Opens nothing yet; but importing the engine takes a second."""
+    gc.disable()  # nothing of what is imported is garbage: looking through it takes a tenth of a second
     import torch
 
     from mutoscope.engine.devices import open_device
@@ -37,6 +39,9 @@ def open_models(
     from mutoscope.engine.text_cache import default_text_cache
     from mutoscope.machine import use_threads
     from mutoscope.planning import size_bytes
+
+    gc.freeze()
+    gc.enable()
 
     chosen = open_device(device)
     use_threads(manifest, torch.get_num_threads())

@@ -63,7 +63,10 @@ class Models:
     @cached_property
     def text(self) -> tuple[UMT5Encoder, Tokenizer]:
         path = self.manifest.files.text_encoder.path
-        encoder, metadata = weights.load_umt5(path, device=self.device, compute_dtype=self.dtype)
+        promised = self.memory_bytes is not None
+        encoder, metadata = weights.load_umt5(
+            path, device=self.device, compute_dtype=self.dtype, drop=promised
+        )
         return encoder, Tokenizer.from_metadata(metadata)
 
     @cached_property

@@ -333,9 +333,16 @@ def load_wan(
 
 
 def load_umt5(
-    path: str | Path, *, device: str | torch.device = "cpu", compute_dtype: torch.dtype | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | None = None,
+    drop: bool = False,
 ) -> tuple[umt5.UMT5Encoder, Mapping[str, Any]]:
     """The text encoder and its file's metadata (which holds the tokenizer, in a GGUF file).
+
+    drop: let go of each weight's pages of the file after use, so that 6 GB of them never count as this process's
+    memory. That takes half as long as a short prompt's products.
 
     Raises:
         WeightError: the tensors do not make up a UMT5 encoder.
@@ -350,7 +357,7 @@ def load_umt5(
     config = umt5.UMT5Config.from_tensors(supply.shapes, supply.metadata)
     with _LaidOut():
         model = umt5.UMT5Encoder(config)
-    precision = Unpacked(compute_dtype, drop=True)  # used once per prompt
+    precision = Unpacked(compute_dtype, drop=drop)
     _fill(model, supply, device, lambda path, weight: precision)
     return model, source.metadata
 
