@@ -26,6 +26,8 @@ BLOCK_LOGITS = 1 << 22
 """Logits of one block, 8 MiB in bfloat16."""
 BLOCK_QUERIES = (64, 512)
 """Fewest and most queries of a block: the products need some height, the softmax some cache."""
+FEW_LOGITS = 1 << 18
+"""However many queries that is, they are one block: they stay in the second-level cache."""
 
 
 def attend(
@@ -89,9 +91,10 @@ def attend_by_heads(
     (n_batch, n_heads, n, head), n_room = q_BHLD.shape, k_BHSD.shape[2]
     q, k, v = q_BHLD, k_BHSD, v_BHSD
     if bias is not None:
-        bias = bias.to(q.dtype).expand(n_batch, n_heads, -1, n_keys)
+        bias = F.pad(bias.float(), (0, n_room - n_keys)).expand(n_batch, n_heads, -1, n_room)
     fewest, most = BLOCK_QUERIES
-    step = min(max(BLOCK_LOGITS // n_room // fewest * fewest, fewest), most, n)
+    step = max(min(BLOCK_LOGITS // n_room // fewest * fewest, most), fewest, FEW_LOGITS // n_room)
+    step = min(step, n)
     logits = q.new_empty(step * n_room)
     out = torch.empty(n_batch, n, n_heads, head, dtype=q.dtype, device=q.device)
     for b in range(n_batch):
@@ -102,10 +105,13 @@ def attend_by_heads(
                 count = rows.stop - start
                 logits_LS = logits[: count * n_room].view(count, n_room)
                 torch.mm(q[b, h, rows], keys_DS, out=logits_LS)
-                if bias is not None:
-                    logits_LS[:, :n_keys] += bias[b, h, rows if bias.shape[2] > 1 else slice(None)]
+                of_keys = None  # a bias that is the same for all these queries
+                if bias is not None and bias.shape[2] == 1 and kernels.fits():
+                    of_keys = bias[b, h, 0]
+                elif bias is not None:
+                    logits_LS += bias[b, h, rows if bias.shape[2] > 1 else slice(None)]
                 if kernels.fits():
-                    kernels.softmax_(logits_LS, n_keys)
+                    kernels.softmax_(logits_LS, n_keys, of_keys)
                 else:
                     torch.softmax(logits_LS, -1, out=logits_LS)
                 torch.mm(logits_LS, values_SD, out=out[b, rows, h])

@@ -31,7 +31,7 @@ from mutoscope.engine import kernels
 from mutoscope.engine.kernels import Product
 from mutoscope.engine.linear import Packed, Shared
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 18 << 20
 """Of one float32 result."""
 CHUNK_ROWS_BYTES = 4 << 20
 """Of the float32 rows of a weight that are converted at a time."""

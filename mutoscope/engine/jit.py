@@ -183,13 +183,14 @@ class Kernel:
 
     @contextmanager
     def rows(self) -> Iterator[Value]:
-        """This thread's share of the rows; the outermost loop."""
+        """This thread's share of the rows; the outermost loop. `n_rows` are all, `first_row` this thread's first."""
         thread, threads = (
             self.emit("i32", f"call i32 @omp_get_{what}()").cast("sext", "i64")
             for what in ("thread_num", "num_threads")
         )
-        n = self.emit("i64", "load i64, ptr %args")
-        with self.between(n * thread / threads, n * (thread + 1) / threads, 1) as row:
+        n = self.n_rows = self.emit("i64", "load i64, ptr %args")
+        self.first_row = n * thread / threads
+        with self.between(self.first_row, n * (thread + 1) / threads, 1) as row:
             yield row
 
     @contextmanager
@@ -214,7 +215,7 @@ class Kernel:
     # ---------------------------------------------------------------- memory
 
     def load(self, base: Value | str, at: Operand, kind: str = "float") -> Value:
-        """LANES numbers from element `at` on, as float32: `float`, `bfloat` or `i8`."""
+        """LANES numbers from element `at` on, as float32: `float`, `bfloat` or `i8`; `i32` as they are."""
         raw = self.emit(
             f"<{LANES} x {kind}>", f"load <{LANES} x {kind}>, ptr {self._address(base, at, kind)}, align 1"
         )
@@ -253,6 +254,10 @@ class Kernel:
             value = value.cast("fptrunc", BF16)
         self.line(f"store {value.type} {value.ref}, ptr {self._address(base, at, kind)}, align 1")
 
+    def prefetch(self, base: Value, at: Operand, kind: str = "float") -> None:
+        """Let element `at` come to the second-level cache meanwhile."""
+        self.line(f"call void @llvm.prefetch.p0(ptr {self._address(base, at, kind)}, i32 0, i32 2, i32 1)")
+
     def _address(self, base: Value | str, at: Operand, kind: str) -> str:
         at = self.constant(at, "i64")
         start = base if isinstance(base, str) else base.ref
@@ -265,6 +270,16 @@ class Kernel:
         truth = f"<{LANES} x i1>" if a.type == F32 else "i1"
         larger = self.emit(truth, f"fcmp ogt {a.type} {a.ref}, {other.ref}")
         return self.emit(a.type, f"select {larger.type} {larger.ref}, {a.type} {a.ref}, {a.type} {other.ref}")
+
+    def smaller(self, a: Value, b: Value) -> Value:
+        """Of integers."""
+        less = self.emit("i1", f"icmp slt {a.type} {a.ref}, {b.ref}")
+        return self.emit(a.type, f"select i1 {less.ref}, {a.type} {a.ref}, {b.type} {b.ref}")
+
+    def add_dots(self, sums: Value, unsigned: Value, signed: Value) -> Value:
+        """int32 sums, each plus the product of four unsigned with four signed bytes."""
+        operands = ", ".join(f"{I32} {v.ref}" for v in (sums, unsigned, signed))
+        return self.emit(I32, f"call {I32} @llvm.x86.avx512.vpdpbusd.512({operands})")
 
     def call(self, name: str, a: Value) -> Value:
         """`fabs` of a vector, `sqrt` of a number."""
@@ -412,6 +427,8 @@ declare {F32} @llvm.fabs.v16f32({F32})
 declare {F32} @llvm.x86.avx512.mask.reduce.ps.512({F32}, i32 immarg, {F32}, i16, i32 immarg)
 declare {F32} @llvm.x86.avx512.mask.scalef.ps.512({F32}, {F32}, {F32}, i16, i32 immarg)
 declare {F32} @llvm.x86.avx512bf16.dpbf16ps.512({F32}, {PAIRS}, {PAIRS})
+declare {I32} @llvm.x86.avx512.vpdpbusd.512({I32}, {I32}, {I32})
+declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)
 declare float @llvm.sqrt.f32(float)
 declare float @llvm.vector.reduce.fadd.v16f32(float, {F32})
 declare float @llvm.vector.reduce.fmax.v16f32({F32})

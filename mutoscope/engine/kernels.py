@@ -12,7 +12,8 @@ And of the VAE: RMS norm and SiLU.
 A row stays in the first-level cache meanwhile; library operations would each go through memory, together two to
 seven times as long (docs/LOG.md). Tensors are contiguous rows whose width `fits`; nothing is checked here. A product
 comes as a `Product`: float32 still without the steps of its rows and the bias, which are brought on the way, or
-bfloat16 and complete.
+bfloat16 and complete. The second, narrow product of a LoRA is made within the pass, some rows at a time: to write and
+read it would take longer than to compute it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mutoscope.engine import jit
@@ -30,6 +32,8 @@ from mutoscope.engine.jit import F32, LANES, Compiled, Kernel, Value, Variable
 WIDEST = 1 << 14
 """Of a row: the scratch of a thread lies on its stack."""
 LEVELS = 127
+SIDE_ROWS, SIDE_WIDTH = 6, 4 * LANES
+"""Of a side product that a thread makes at a time: as many sums as there are registers for."""
 _TINY = 1e-30
 _MINUS_INFINITY = -128  # the bits of it in bfloat16, as an integer
 _LOG2E = 1 / math.log(2)
@@ -37,31 +41,66 @@ _KINDS = {torch.float32: "float", torch.bfloat16: "bfloat"}
 
 
 @dataclass(frozen=True)
-class Product:
-    """Rows [M, N] of a product before its last pass, which is the caller's: y * step + bias (+ y2 * step2).
+class Up:
+    """A matrix [N, R], R a multiple of LANES, that rows of 8 bits are multiplied by within a pass.
 
-    Without step it is complete, in bfloat16. The second product is the low-rank side path of a LoRA.
+    packed: int8 [N / 64, R / 4, 64, 4]; step: [N] of each output; start: int32 [N], what 128 too much in every number
+    of a row adds, negative. N with zeros to a multiple of 64.
+    """
+
+    packed: Tensor
+    step_N: Tensor
+    start_N: Tensor
+
+    @staticmethod
+    def of(matrix_NR: Tensor) -> Up:
+        n, r = matrix_NR.shape
+        if r % LANES:
+            raise ValueError(f"a matrix of rank {r}: a multiple of {LANES} expected, with zeros")
+        m = F.pad(matrix_NR.float(), (0, 0, 0, -n % SIDE_WIDTH))
+        step = (m.abs().amax(1) / LEVELS).clamp_min(_TINY)
+        u = (m / step[:, None]).round().to(torch.int8)
+        packed = u.view(-1, SIDE_WIDTH, r // 4, 4).transpose(1, 2).contiguous()
+        return Up(packed, step, u.sum(1, dtype=torch.int32) * -128)
+
+
+@dataclass(frozen=True)
+class Side:
+    """The low-rank addition of a LoRA: ((q - 128) step) [M, R] times `up`."""
+
+    q_MR: Tensor
+    step_M1: Tensor
+    up: Up
+
+
+@dataclass(frozen=True)
+class Product:
+    """Rows [M, N] of a product before its last pass, which is the caller's: y * step + bias (+ side).
+
+    Without step it is complete but for the side.
     """
 
     y_MN: Tensor
     step_M1: Tensor | None = None
     bias: Tensor | None = None
     """[N], or of each row [M, N]."""
-    y2_MN: Tensor | None = None
-    step2_M1: Tensor | None = None
+    side: Side | None = None
 
     @property
-    def kind(self) -> str:
-        if self.step_M1 is None:
-            return _KINDS[self.y_MN.dtype]
-        return "steps" if self.y2_MN is None else "two"
+    def kind(self) -> tuple[str, bool]:
+        """Numbers as they are, or "steps"; whether there is a side."""
+        return _KINDS[self.y_MN.dtype] if self.step_M1 is None else "steps", self.side is not None
 
     @property
     def values(self) -> tuple[Tensor | int | None, ...]:
         """For the parameters of `_Product`."""
         width = self.y_MN.shape[1]
         bias = _zeros(width) if self.bias is None else self.bias
-        return self.y_MN, self.step_M1, bias, _stride(bias, width), self.y2_MN, self.step2_M1
+        base = self.y_MN, self.step_M1, bias, _stride(bias, width)
+        if self.side is None:
+            return *base, None, None, 0, None, None, None
+        q, up = self.side.q_MR, self.side.up
+        return *base, q, self.side.step_M1, q.shape[1] // 4, up.packed, up.step_N, up.start_N
 
 
 def fits(*widths: int) -> bool:
@@ -89,16 +128,23 @@ def normed_bfloat16(x_BLD: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
     return out
 
 
-def quantised(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 or bfloat16 rows to uint8 about 128 and steps [M, 1]."""
-    out, step = torch.empty(x_MK.shape, dtype=torch.uint8), torch.empty(len(x_MK), 1)
-    _quantise(_KINDS[x_MK.dtype])(len(x_MK), x_MK, x_MK.shape[1], out, step)
+def quantised(x_MK: Tensor | Product) -> tuple[Tensor, Tensor]:
+    """float32 or bfloat16 rows, or a product, to uint8 about 128 and steps [M, 1]."""
+    x = Product(x_MK) if isinstance(x_MK, Tensor) else x_MK
+    n_rows, width = x.y_MN.shape
+    out, step = torch.empty(n_rows, width, dtype=torch.uint8), torch.empty(n_rows, 1)
+    _quantise(x.kind)(n_rows, *x.values, width, out, step)
     return out, step
 
 
 def gelu_int8(product: Product, low: float, q_MN: Tensor, step_M1: Tensor) -> None:
     """GELU (tanh) of a product to uint8 whose least level is `low`, into the last two."""
     _gelu(product.kind, low)(len(q_MN), *product.values, q_MN.shape[1], q_MN, step_M1)
+
+
+def gelu_bfloat16(product: Product, out_MN: Tensor) -> None:
+    """GELU (tanh) of a product to bfloat16, which may be where the product lies."""
+    _gelu_bfloat16(product.kind)(len(out_MN), *product.values, out_MN.shape[1], out_MN)
 
 
 def heads(
@@ -130,9 +176,12 @@ def add_gated(x_BLD: Tensor, product: Product, gate: Tensor | float, first: int)
     )
 
 
-def softmax_(logits_LS: Tensor, n: int) -> None:
-    """Over the first n of each row, in place on contiguous bfloat16; the others become 0. Statistics are float32."""
-    _softmax()(len(logits_LS), logits_LS, n, logits_LS.shape[1])
+def softmax_(logits_LS: Tensor, n: int, bias_S: Tensor | None = None) -> None:
+    """Over the first n of each row, in place on contiguous bfloat16; the others become 0. Statistics are float32.
+
+    bias: float32, added to every row first.
+    """
+    _softmax(bias_S is not None)(len(logits_LS), logits_LS, n, logits_LS.shape[1], bias_S)
 
 
 def q8_0_to_bfloat16(blocks: Tensor, out: Tensor) -> None:
@@ -179,24 +228,57 @@ class _Rows:
 class _Product:
     """Rows of a `Product` of that kind."""
 
-    def __init__(self, k: Kernel, kind: str) -> None:
-        self.k, self.kind = k, kind
+    def __init__(self, k: Kernel, kind: tuple[str, bool]) -> None:
+        self.k = k
+        self.kind, self.has_side = kind
+        self.base_kind = "float" if self.kind == "steps" else self.kind
         self.y, self.step, self.bias, self.bias_stride = k.pointer(), k.pointer(), k.pointer(), k.integer()
-        self.y2, self.step2 = k.pointer(), k.pointer()
+        self.low, self.low_step, self.quads = k.pointer(), k.pointer(), k.integer()
+        self.up, self.up_step, self.up_start = k.pointer(), k.pointer(), k.pointer()
+        self.room = k.reserve("float", SIDE_ROWS * WIDEST) if self.has_side else ""
 
-    def find(self, row: Value, width: Value) -> None:
+    def find(self, number: Value, width: Value, every: Value | int = 1) -> None:
+        """Row `number` * `every`; numbers come one after the other, as `Kernel.rows` gives them."""
+        row = number * every
         self.at = row * width
         self.bias_at = row * self.bias_stride
-        if self.kind in ("steps", "two"):
+        if self.kind == "steps":
             self.factor = self.k.splat(self.k.load_one(self.step, row))
-        if self.kind == "two":
-            self.factor2 = self.k.splat(self.k.load_one(self.step2, row))
+        if self.has_side:
+            self.low_factor = self.k.splat(self.k.load_one(self.low_step, row))
+            self._make_side(number, width, every)
 
     def load(self, i: Value) -> Value:
-        if self.kind not in ("steps", "two"):
-            return self.k.load(self.y, self.at + i, self.kind)
-        y = self.k.load(self.y, self.at + i) * self.factor + self.k.load(self.bias, self.bias_at + i)
-        return y + self.k.load(self.y2, self.at + i) * self.factor2 if self.kind == "two" else y
+        k = self.k
+        y = k.load(self.y, self.at + i, self.base_kind)
+        if self.kind == "steps":
+            y = y * self.factor + k.load(self.bias, self.bias_at + i)
+        return y + k.load(self.room, self.side_at + i) * self.low_factor if self.has_side else y
+
+    def _make_side(self, number: Value, width: Value, every: Value | int) -> None:
+        """The side product of this row and the next ones, if this is the first of them."""
+        k, lanes = self.k, range(0, SIDE_WIDTH, LANES)
+        room_width = (width + (SIDE_WIDTH - 1)) / SIDE_WIDTH * SIDE_WIDTH
+        place = (number - k.first_row) % SIDE_ROWS
+        self.side_at = place * room_width
+        with k.between(place, k.constant(1, "i64"), 1):
+            rows = [k.smaller(number + g, k.n_rows - 1) * every for g in range(SIDE_ROWS)]
+            starts = [row * self.quads for row in rows]
+            with k.loop(width, SIDE_WIDTH) as i:
+                begin = [k.load(self.up_start, i + lane, "i32") for lane in lanes]
+                sums = [[Variable(b) for b in begin] for _ in rows]
+                with k.loop(self.quads, 1) as quad:
+                    at = i * self.quads + quad * SIDE_WIDTH
+                    up = [k.load(self.up, at + lane, "i32") for lane in lanes]
+                    for row_sums, start in zip(sums, starts, strict=True):
+                        low = k.splat(k.load_one(self.low, start + quad, "i32"))
+                        for total, four in zip(row_sums, up, strict=True):
+                            total.set(k.add_dots(total.get(), low, four))
+                steps = [k.load(self.up_step, i + lane) for lane in lanes]
+                for g, (row, row_sums) in enumerate(zip(rows, sums, strict=True)):
+                    for total, lane, step in zip(row_sums, lanes, steps, strict=True):
+                        k.prefetch(self.y, row * width + i + lane, self.base_kind)
+                        k.store(self.room, room_width * g + i + lane, total.get().cast("sitofp", F32) * step)
 
 
 def unpack_q8_0(k: Kernel, blocks: Value, number: Value, out: Value | str, place: Value) -> None:
@@ -257,34 +339,38 @@ def _normed(kind: str) -> Compiled:
 
 
 @cache
-def _quantise(kind: str) -> Compiled:
-    k = Kernel(f"quantise_{kind}")
-    x, width, out, step = k.pointer(), k.integer(), k.pointer(), k.pointer()
+def _quantise(kind: tuple[str, bool]) -> Compiled:
+    k = Kernel("quantise")
+    x, width, out, step = _Product(k, kind), k.integer(), k.pointer(), k.pointer()
     room = k.reserve("float", WIDEST)
     with k.rows() as row:
+        x.find(row, width)
         high = Variable(k.zeros())
         with k.loop(width) as i:
-            y = k.load(x, row * width + i, kind)
+            y = x.load(i)
             k.store(room, i, y)
             high.set(k.maximum(high.get(), k.call("fabs", y)))
         _to_int8(k, room, k.largest(high.get()), None, width, row, out, step)
     return k.compiled()
 
 
-@cache
-def _gelu(kind: str, low: float) -> Compiled:
+def _gelu_of(k: Kernel, y: Value) -> Value:
     """x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))."""
+    slope = -_LOG2E * 2 * (2 / math.pi) ** 0.5
+    return y / (k.exp2(y * (y * y * (slope * 0.044715) + slope)) + 1.0)
+
+
+@cache
+def _gelu(kind: tuple[str, bool], low: float) -> Compiled:
     k = Kernel("gelu")
     product = _Product(k, kind)
     width, out, step = k.integer(), k.pointer(), k.pointer()
     room = k.reserve("float", WIDEST)
-    slope = -_LOG2E * 2 * (2 / math.pi) ** 0.5
     with k.rows() as row:
         product.find(row, width)
         high = Variable(k.zeros())
         with k.loop(width) as i:
-            y = product.load(i)
-            y = y / (k.exp2(y * (y * y * (slope * 0.044715) + slope)) + 1.0)
+            y = _gelu_of(k, product.load(i))
             k.store(room, i, y)
             high.set(k.maximum(high.get(), y))
         _to_int8(k, room, k.largest(high.get()), low, width, row, out, step)
@@ -292,8 +378,19 @@ def _gelu(kind: str, low: float) -> Compiled:
 
 
 @cache
-def _heads(kind: str, out_kind: str, norm: bool, turn: bool) -> Compiled:
-    k = Kernel(f"heads_{kind}_{out_kind}_{norm}_{turn}")
+def _gelu_bfloat16(kind: tuple[str, bool]) -> Compiled:
+    k = Kernel("gelu_bfloat")
+    product, width, out = _Product(k, kind), k.integer(), k.pointer()
+    with k.rows() as row:
+        product.find(row, width)
+        with k.loop(width) as i:
+            k.store(out, row * width + i, _gelu_of(k, product.load(i)), "bfloat")
+    return k.compiled()
+
+
+@cache
+def _heads(kind: tuple[str, bool], out_kind: str, norm: bool, turn: bool) -> Compiled:
+    k = Kernel(f"heads_{out_kind}_{norm}_{turn}")
     product = _Product(k, kind)
     weight, eps, table, sines, common = k.pointer(), k.number(), k.pointer(), k.integer(), k.pointer()
     width, head, first, length, out_length = (k.integer() for _ in range(5))
@@ -301,7 +398,7 @@ def _heads(kind: str, out_kind: str, norm: bool, turn: bool) -> Compiled:
     room = k.reserve("float", WIDEST)
     with k.rows() as number:
         row = number * every
-        product.find(row, width)
+        product.find(number, width, every)
         squares = Variable(k.zeros())
         with k.loop(width) as i:
             y = product.load(i)
@@ -329,8 +426,8 @@ def _heads(kind: str, out_kind: str, norm: bool, turn: bool) -> Compiled:
 
 
 @cache
-def _gated(kind: str) -> Compiled:
-    k = Kernel(f"gated_{kind}")
+def _gated(kind: tuple[str, bool]) -> Compiled:
+    k = Kernel("gated")
     product, x = _Product(k, kind), _Rows(k)
     gate, gate_stride, width, first = k.pointer(), k.integer(), k.integer(), k.integer()
     with k.rows() as row:
@@ -344,19 +441,24 @@ def _gated(kind: str) -> Compiled:
 
 
 @cache
-def _softmax() -> Compiled:
+def _softmax(biased: bool) -> Compiled:
     k = Kernel("softmax")
-    x, n, width = k.pointer(), k.integer(), k.integer()
+    x, n, width, bias = k.pointer(), k.integer(), k.integer(), k.pointer()
+
+    def logits(at: Value, i: Value) -> Value:
+        y = k.load(x, at + i, "bfloat")
+        return y + k.load(bias, i) if biased else y
+
     with k.rows() as row:
         at = row * width
         with k.between(n, width, 1) as i:
             k.store(x, at + i, k.constant(_MINUS_INFINITY, "i16"), "i16")
         high, total = Variable(k.constant(-math.inf, F32)), Variable(k.zeros())
         with k.loop(width) as i:
-            high.set(k.maximum(high.get(), k.load(x, at + i, "bfloat")))
+            high.set(k.maximum(high.get(), logits(at, i)))
         top = k.splat(k.largest(high.get()))
         with k.loop(width) as i:
-            e = k.exp2((k.load(x, at + i, "bfloat") - top) * _LOG2E)
+            e = k.exp2((logits(at, i) - top) * _LOG2E)
             total.set(total.get() + e)
             k.store(x, at + i, e, "bfloat")
         inverse = k.splat(1.0 / k.sum(total.get()))

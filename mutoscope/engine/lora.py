@@ -3,8 +3,10 @@
     y = W x + b    becomes    y = W x + b + up (down x),    down [R, K], up [N, R]
 
 Any number of LoRAs of one layer are one pair of products: their rows and columns side by side, R the sum of their
-ranks, with strength and alpha inside of `up`. Small parameters (biases, norms, modulation, the patch embedding) are
-exchanged for changed copies. Both can be undone, and leave no trace:
+ranks, with strength and alpha inside of `up`. On processors with fast integers the second one, which is mostly
+writing, is no product of the library but part of the pass that follows on the layer (`kernels.Side`), in 8 bits, also
+beside bfloat16. Small parameters (biases, norms, modulation, the patch embedding) are exchanged for changed copies.
+Both can be undone, and leave no trace:
 
     undo = attach(model, [(changes, 0.8), ...])
     ...
@@ -19,6 +21,7 @@ Paper: "LoRA" (arXiv 2106.09685). Formats of files: `lora_files.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mutoscope.engine import kernels
 from mutoscope.engine.gguf import GGMLType
-from mutoscope.engine.int8 import Int8, Weight, gelu_, prepare, product, quantize_rows, rows_of, unfinished
-from mutoscope.engine.kernels import Product
-from mutoscope.engine.linear import Packed, QuantLinear, Shared, Unpacked, linear_pointwise
+from mutoscope.engine.int8 import (
+    Int8,
+    Weight,
+    gelu_,
+    int8_is_fast,
+    prepare,
+    product,
+    quantize_rows,
+    rows_of,
+    unfinished,
+)
+from mutoscope.engine.jit import LANES
+from mutoscope.engine.kernels import Product, Side, Up
+from mutoscope.engine.linear import Packed, QuantLinear, Shared
 from mutoscope.engine.lora_files import Changes, is_linear, read_lora
 
 Undo = Callable[[], None]
@@ -44,18 +59,25 @@ class SidePath(nn.Module):
     up: Tensor
     dense: Tensor | None
 
-    def __init__(self, layer: nn.Module, down: Tensor, up: Tensor, dense: Tensor | None, wide: Wide) -> None:
+    def __init__(self, layer: nn.Module, down: Tensor, up: Tensor, dense: Tensor | None) -> None:
         super().__init__()
         self.layer = layer
-        self.wide = wide
         self.takes_shared = getattr(layer, "takes_shared", False)
         self.fuses_gelu = True
         """`forward` takes `gelu`, at the price of a pass of its own where it cannot be fused."""
         self.register_buffer("down", down, persistent=False)
         self.register_buffer("up", up, persistent=False)
         self.register_buffer("dense", dense, persistent=False)
-        integers = isinstance(layer, QuantLinear) and isinstance(layer.precision, Int8) and up.shape[1] > 0
-        self.prepared = (_prepared(down), _prepared(up)) if integers and dense is None else None
+        self.prepared: tuple[Weight, Weight] | None = None
+        """For products beside integers."""
+        self.within: Up | None = None
+        """For the addition within the pass that follows on the layer."""
+        if isinstance(layer, QuantLinear) and dense is None and up.shape[1]:
+            if isinstance(layer.precision, Int8):
+                self.prepared = _prepared(down), _prepared(up)
+            on_cpu = down.dtype == torch.bfloat16 and down.device.type == "cpu"
+            if on_cpu and int8_is_fast() and kernels.fits(up.shape[0]):
+                self.within = Up.of(up)
 
     @property
     def in_features(self) -> int:
@@ -83,16 +105,24 @@ class SidePath(nn.Module):
         given = x if isinstance(x, Shared) else Shared(x)
         if self.prepared is not None:
             return self._in_integers(given, *self.prepared, gelu)
+        if gelu and self.within is not None:
+            return self._with_gelu(given)
         low = given.made(str(dtype), lambda x: x.to(dtype))  # once for both paths, under the name layers use
         side = F.linear(low, self.down)
-        if gelu and self.dense is None and self.wide.takes(self.layer):
-            return self.wide.linear(self.layer, low, side, self.up)
         y = _added(self.layer(given if self.takes_shared else low), side, self.up)
         if self.dense is not None:
             y = y + F.linear(low, self.dense)
         if gelu and y.dtype == torch.float32 and y.device.type == "cpu" and not y.requires_grad:
             return gelu_(y)
         return F.gelu(y, approximate="tanh") if gelu else y
+
+    def _with_gelu(self, given: Shared) -> Tensor:
+        """Of a layer in bfloat16, which gives all rows at once. Its product could do the GELU itself, but only before
+        the addition."""
+        _, p = next(self.products(given))
+        y_MN = p.y_MN.to(self.down.dtype)  # the product itself, unless it is float32
+        kernels.gelu_bfloat16(p, y_MN)
+        return y_MN.view(*given.shape[:-1], -1)
 
     def _in_integers(self, given: Shared, down: Weight, up: Weight, gelu: bool) -> Tensor:
         """As the layer does it: the addition takes the place of the bias, which is inside of it."""
@@ -103,18 +133,21 @@ class SidePath(nn.Module):
         return layer.precision.linear(given, layer.weight, more, gelu=gelu)
 
     def products(self, x: Tensor | Shared) -> Iterator[tuple[slice, Product]]:
-        """As the layer's; beside integer products the addition is a second one."""
-        if self.prepared is None:
+        """As the layer's; the addition is left to the caller's pass where it can be."""
+        if self.within is None:
             y_MN = self(x).flatten(0, -2)
             yield slice(0, len(y_MN)), Product(y_MN)
             return
-        layer, (down, up) = self.layer, self.prepared
+        layer, dtype = self.layer, self.down.dtype
         assert isinstance(layer, QuantLinear)
         given = x if isinstance(x, Shared) else Shared(x)
-        low = quantize_rows(product(rows_of(given), down, None))
+        if self.prepared is not None:
+            low = unfinished(rows_of(given), self.prepared[0], None)
+        else:
+            low = Product(F.linear(given.made(str(dtype), lambda x: x.to(dtype)), self.down).flatten(0, -2))
+        q_MR, step_M1 = kernels.quantised(low)
         for part, p in layer.products(given):
-            side = unfinished(low[part], up, None)
-            yield part, Product(p.y_MN, p.step_M1, p.bias, side.y_MN, side.step_M1)
+            yield part, replace(p, side=Side(q_MR[part], step_M1[part], self.within))
 
     def extra_repr(self) -> str:
         return f"rank {self.down.shape[0]}" + ("" if self.dense is None else " and a dense difference")
@@ -136,33 +169,6 @@ def _added(y: Tensor, side: Tensor, up: Tensor) -> Tensor:
         return y.add_(F.linear(side, up))
     y.view(-1, y.shape[-1]).addmm_(side.reshape(-1, side.shape[-1]), up.t())
     return y
-
-
-class Wide:
-    """One product for both paths, [x, side] with [W, up], where a GELU is fused into it.
-
-    Only the product itself can apply the GELU at no cost: as a pass of its own it takes a third of the layer's time
-    in bfloat16. The wide weight is put together in a buffer that all layers share.
-    """
-
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-
-    def takes(self, layer: nn.Module) -> bool:
-        return isinstance(layer, QuantLinear) and isinstance(layer.precision, Unpacked) and layer.fuses_gelu
-
-    def linear(self, layer: nn.Module, x: Tensor, side: Tensor, up: Tensor) -> Tensor:
-        """GELU of the layer's product with its addition."""
-        assert isinstance(layer, QuantLinear)
-        assert isinstance(layer.precision, Unpacked)
-        n, k, r = layer.out_features, layer.in_features, up.shape[1]
-        if self._buffer is None or self._buffer.numel() < n * (k + r):
-            self._buffer = torch.empty(n * (k + r), dtype=up.dtype, device=up.device)
-        weight = self._buffer[: n * (k + r)].view(n, k + r)
-        weight[:, :k] = layer.precision.unpacked(layer.weight)
-        weight[:, k:] = up
-        bias = None if layer.bias is None else layer.bias.to(up.dtype)
-        return linear_pointwise(torch.cat((x, side), -1), weight, bias, gelu=True)
 
 
 class Attached:
@@ -214,13 +220,12 @@ def attach(model: nn.Module, loras: Sequence[tuple[Changes, float]]) -> Undo:
     undo: list[Undo] = []
     dense = {name for changes, _ in loras for name in changes.differences}
     names = {name for changes, _ in loras for name in changes.pairs} | dense
-    wide = Wide()
     try:
         for name in sorted(names):
             path, _, kind = name.rpartition(".")
             module = model.get_submodule(path)
             if kind == "weight" and is_linear(module):
-                undo.append(_wrap(model, path, name, loras, wide))
+                undo.append(_wrap(model, path, name, loras))
             else:
                 undo.append(_exchange(model.get_submodule(path), kind, _total(name, loras)))
     except BaseException:
@@ -234,7 +239,7 @@ def _undo_all(undo: list[Undo]) -> None:
         undo.pop()()
 
 
-def _wrap(model: nn.Module, path: str, name: str, loras: Sequence[tuple[Changes, float]], wide: Wide) -> Undo:
+def _wrap(model: nn.Module, path: str, name: str, loras: Sequence[tuple[Changes, float]]) -> Undo:
     layer = model.get_submodule(path)
     first = next(iter([*layer.buffers(), *layer.parameters()]))
     device = getattr(layer, "device", first.device)
@@ -245,9 +250,19 @@ def _wrap(model: nn.Module, path: str, name: str, loras: Sequence[tuple[Changes,
     up = torch.cat([u * strength for (_, u), strength in pairs], 1) if pairs else torch.empty(shape[0], 0)
     full = [d.tensor() * strength for c, strength in loras for d in c.differences.get(name, ())]
     dense = torch.stack([d.view(shape) for d in full]).sum(0).to(device, dtype) if full else None
-    side = SidePath(layer, down.to(device, dtype), up.to(device, dtype), dense, wide)
+    down, up = _balanced(down, up, to=LANES if dtype == torch.bfloat16 else 1)
+    side = SidePath(layer, down.to(device, dtype), up.to(device, dtype), dense)
     model.set_submodule(path, side)
     return lambda: model.set_submodule(path, layer)
+
+
+def _balanced(down: Tensor, up: Tensor, to: int) -> tuple[Tensor, Tensor]:
+    """The same product with rows of `down` about as long as the columns of `up`, whichever file they come from: 8 bits
+    then do both justice. By powers of two, so nothing is rounded. With zeros to ranks a multiple of `to`."""
+    ratio = torch.linalg.vector_norm(up.float(), dim=0) / torch.linalg.vector_norm(down.float(), dim=1)
+    factor = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0).sqrt().log2().round().exp2()
+    more = -len(down) % to
+    return F.pad(down * factor[:, None], (0, 0, 0, more)), F.pad(up / factor, (0, more))
 
 
 def _total(name: str, loras: Sequence[tuple[Changes, float]]) -> Tensor:

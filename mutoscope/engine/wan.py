@@ -314,9 +314,12 @@ class Block(nn.Module):
         return x if _may_overwrite() else y  # which then is the only part
 
     def _ffn_parts(self, x: Tensor) -> Sequence[Tensor]:
-        """The stream in runs of tokens, where that is faster: the wide layer's results then stay in the cache."""
+        """The stream in equal runs of tokens, where that is faster: the wide layer's results then stay in the cache."""
         rows = getattr(self.ffn["0"], "rows_at_once", 0)
-        return x.split(max(1, rows // x.shape[0]), dim=1) if rows and _may_overwrite() else (x,)
+        if not rows or not _may_overwrite():
+            return (x,)
+        n, most = x.shape[1], max(1, rows // x.shape[0])
+        return x.split(-(-n // -(-n // most)), dim=1)
 
 
 class VaceBlock(Block):

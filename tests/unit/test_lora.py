@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mutoscope.engine import lora, lora_files
+from mutoscope.engine import jit, lora, lora_files
 from mutoscope.engine.int8 import int8_is_fast
 from mutoscope.engine.linear import QuantLinear
-from mutoscope.engine.lora import Attached, SidePath, Wide
+from mutoscope.engine.lora import Attached, SidePath
 from mutoscope.engine.lora_files import read_lora
 from mutoscope.engine.models import Models
 from mutoscope.engine.pipeline import generate
@@ -309,26 +309,26 @@ def test_several_are_one_pair_of_products(tiny_model: Path, tmp_path: Path) -> N
     assert error(answer(model), merged(tiny_model, total)) < 3e-6
 
 
-def test_the_fused_gelu_in_bfloat16(
+def test_gelu_after_the_addition_in_bfloat16(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One wide product for both paths, against both apart."""
+    """In one pass with the addition where there are kernels, and apart."""
     pairs = pairs_of(bare(tiny_model))
     write(tmp_path / "x.safetensors", FORMS["diffusers"], {k: pairs[k] for k in ("blocks.0.ffn.0",)})
     exact = merged(tiny_model, {"blocks.0.ffn.0": pairs["blocks.0.ffn.0"][1] @ pairs["blocks.0.ffn.0"][0]})
-    calls = []
-    linear = Wide.linear
-    monkeypatch.setattr(Wide, "linear", lambda *a: calls.append(1) or linear(*a))
     model = bare(tiny_model, torch.bfloat16)
     without = error(answer(model), exact)
-    state = attached(model, (tmp_path / "x.safetensors", 1.0))
-    wide = error(answer(model), exact)
-    assert len(calls) == 1
-    state.detach()
-    monkeypatch.setattr(Wide, "takes", lambda *_: False)
-    attached(model, (tmp_path / "x.safetensors", 1.0))
-    apart = error(answer(model), exact)
-    assert max(wide, apart) < 0.01 < 0.03 < without  # measured 0.003, 0.003 and 0.044
+    errors = []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(jit, "available", lambda: False)
+        state = attached(model, (tmp_path / "x.safetensors", 1.0))
+        side = model.get_submodule("blocks.0.ffn.0")
+        assert isinstance(side, SidePath)
+        assert (side.within is not None) == (jit.available() and int8_is_fast())
+        errors.append(error(answer(model), exact))
+        state.detach()
+    assert max(errors) < 0.01 < 0.03 < without, errors  # measured 0.003, 0.003 and 0.044
 
 
 @pytest.mark.skipif(not int8_is_fast(), reason="needs VNNI or AMX instructions")
