@@ -7,7 +7,8 @@
 
 A fresh process for each clip, its resident memory read from outside (Linux): `all` is the system's own high-water mark
 with every page of mapped files, `own` the anonymous part, looked at fifty times a second: what the system cannot take
-back. Activations depend on the width of a model and not on its depth, so two layers show them. The last line is JSON.
+back. Activations depend on the width of a model and not on its depth, so two layers show them. What the first step
+keeps in integers is taken off; the rest is compared with `memory.estimate`. A table, and JSON in the last line.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def main() -> None:
             options += ["--memory", args.memory]
         clip = watch(options, args.until)
         clip["estimate"] = _estimate(args, size) if size and args.model != "pocket" else {}
-        report["clips"].append({"size": size, **clip})
+        clip["kept"] = _kept_bytes(args) if args.model != "pocket" else 0
+        clip["size"] = size
+        report["clips"].append(clip)
         stages = ", ".join(
             f"{name} {peak['own'] / GIB:.2f}"
             + (f" (estimate {clip['estimate'][name] / GIB:.2f})" if name in clip["estimate"] else "")
@@ -80,7 +83,27 @@ def main() -> None:
             f"{clip['bytes']} bytes of video",
             flush=True,
         )
+    print(table(report["clips"]))
     print(json.dumps(report))
+
+
+def table(clips: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the peak of all pages, and of own memory less kept weights beside the estimate, in GiB."""
+    lines = [
+        "| size | all | denoising (estimate) | decoding (estimate) | loaded after | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for clip in clips:
+        stages, cells = clip["stages"], []
+        for name, kept in (("denoise", clip["kept"]), ("decode", 0)):
+            cell = f"{(stages[name]['own'] - kept) / GIB:.2f}" if name in stages else ""
+            cells.append(cell + (f" ({clip['estimate'][name] / GIB:.2f})" if clip["estimate"] else ""))
+        loaded = stages["text"]["at"] if "text" in stages else 0.0
+        lines.append(
+            f"| {clip['size'] or 'default'} | {clip['all'] / GIB:.2f} | {cells[0]} | {cells[1]} | {loaded:.1f} s | "
+            f"{clip['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def watch(options: Sequence[str], until: str) -> dict[str, Any]:
@@ -101,7 +124,7 @@ def watch(options: Sequence[str], until: str) -> dict[str, Any]:
                 if event.get("event") == "stage":
                     if event["name"] == "decode" and until == "denoise":
                         break
-                    peaks.start(event["name"])
+                    peaks.start(event["name"], event["seconds"])
             else:
                 if process.wait():
                     raise SystemExit(f"mutoscope ended with {process.returncode}:\n{seen}")
@@ -127,14 +150,14 @@ class _Peaks:
     def __init__(self, pid: int) -> None:
         self.status = Path(f"/proc/{pid}/status")
         self.all = 0
-        self.stages: dict[str, dict[str, int]] = {}
-        self._stage = "start"
+        self.stages: dict[str, dict[str, Any]] = {}
+        self._stage, self._at = "start", 0.0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def start(self, stage: str) -> None:
-        self._stage = stage
+    def start(self, stage: str, at: float) -> None:
+        self._stage, self._at = stage, at
 
     def stop(self) -> None:
         self._stopped.set()
@@ -148,20 +171,37 @@ class _Peaks:
                 return
             if "VmHWM" not in told:
                 continue
-            stage = self.stages.setdefault(self._stage, {"own": 0, "all": 0})
+            stage = self.stages.setdefault(self._stage, {"own": 0, "all": 0, "at": self._at})
             stage["own"] = max(stage["own"], int(told["RssAnon"]) << 10)
             stage["all"] = max(stage["all"], int(told["VmRSS"]) << 10)
             self.all = max(self.all, int(told["VmHWM"]) << 10)
 
 
+def _config(args: argparse.Namespace) -> Any:
+    from scripts.make_random_model import CONFIGS, with_layers
+
+    return CONFIGS[args.model] if args.layers is None else with_layers(CONFIGS[args.model], args.layers)
+
+
 def _estimate(args: argparse.Namespace, size: str) -> dict[str, int]:
     """Of `memory.estimate`, bytes by stage."""
     from mutoscope.engine import memory
-    from scripts.make_random_model import CONFIGS
 
     width, height, frames = map(int, size.split("x"))
-    need = memory.estimate(CONFIGS[args.model], width, height, frames, guided=args.guidance != 1.0)  # type: ignore[arg-type]
+    need = memory.estimate(_config(args), width, height, frames, guided=args.guidance != 1.0)
     return {"denoise": need.denoise, "decode": need.decode}
+
+
+def _kept_bytes(args: argparse.Namespace) -> int:
+    """Of weights that the first step keeps in integers where nothing was promised."""
+    from mutoscope.engine.int8 import int8_is_fast
+
+    if args.memory or args.precision not in ("auto", "int8") or not int8_is_fast():
+        return 0
+    c = _config(args)
+    n_blocks = c.n_layers + len(c.vace_layers)
+    extra = (len(c.vace_layers) + bool(c.vace_layers)) * c.dim**2  # projections of the side branch
+    return int(n_blocks * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + extra)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ GIB = 1 << 30
 FREE_SHARE = 0.8
 """Of the free memory that may be used for keeping weights where nothing was said: others want some too."""
 RUNTIME_BYTES = 600 * MIB
-"""160 MiB of interpreter, torch and libraries; the rest is the tokenizer of a full-size text encoder. On a GPU, not
-measured: its context and the workspaces of libraries."""
+"""Measured: 250 MiB of interpreter, torch, libraries and tokenizer, 150 of pages of the libraries' files; the rest for
+buffers of fixed size and pages of weights in work. On a GPU, not measured: its context and workspaces of libraries."""
 UNPACKING_BYTES_ON_DEVICE = 8 * CHUNK_GPU
 """What unpacking a weight needs there beside its result: float32 scratch, and about as much of fields of bits."""
 PROMPT_TOKENS = 130

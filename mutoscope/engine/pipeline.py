@@ -30,6 +30,7 @@ from torch import Tensor
 from mutoscope.catalog import find_model
 from mutoscope.engine import cache, conditioning, devices, latents, lora, memory, pages, sampler, tiling
 from mutoscope.engine.models import Models
+from mutoscope.engine.precision import REPACKED
 from mutoscope.engine.text_cache import default_text_cache
 from mutoscope.engine.vae import SPATIAL_STRIDE, TEMPORAL_STRIDE, WanVAE
 from mutoscope.engine.wan import TextContext, rope_table
@@ -193,8 +194,8 @@ def _text_meanwhile(models: Models, request: GenerationRequest) -> Iterator[None
 
     The thread has ended when the block has; an error of the block stops it early.
     """
-    if "dit" in models.__dict__ or models.device.type != "cpu":
-        yield
+    if "dit" in models.__dict__ or models.device.type != "cpu" or models.precision in REPACKED:
+        yield  # packing anew keeps all cores busy, with torch's threads changed meanwhile
         return
     failed = threading.Event()
 

@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
+from concurrent.futures import Executor
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from mutoscope.engine.gguf import BLOCKS, GGMLType
 from mutoscope.engine.int8 import Int8, int8_is_fast
 from mutoscope.engine.linear import Packed, Precision, Unpacked, default_compute_dtype, once_per_clip
-from mutoscope.engine.quants import dequantize, quantize
+from mutoscope.engine.quants import CHUNK_CPU, dequantize, quantize
 from mutoscope.engine.scaled import Scaled
 from mutoscope.engine.wan import WanModel
 from mutoscope.errors import FileError, RequestError
@@ -50,9 +52,6 @@ SIDECAR = ".precision.json"
 
 MIN_INT8_NUMEL = 1 << 19
 """Weights below this are multiplied in bfloat16: preparing the activations would cost what the product gains."""
-
-REPACK_ROWS = 512
-"""Rows of a weight that are packed anew at a time."""
 
 Chooser = Callable[[str, Packed], Precision]
 """From a layer's name and weight to its precision."""
@@ -91,15 +90,20 @@ def read_sidecar(path: Path) -> dict[str, Any] | None:
     return report
 
 
-def repacked(weight: Packed, type_id: GGMLType) -> Packed:
+def repacked(weight: Packed, type_id: GGMLType, pool: Executor) -> Packed:
     """The weight in that type, in memory; as it is, if it is no larger or its rows do not fit the type's blocks."""
     per_weight = 8 * BLOCKS[type_id].nbytes / BLOCKS[type_id].elements
-    if weight.shape[-1] % BLOCKS[type_id].elements or 8 * weight.data.nbytes <= per_weight * weight.numel:
+    n, k = weight.shape
+    if k % BLOCKS[type_id].elements or 8 * weight.data.nbytes <= per_weight * weight.numel:
         return weight
-    rows = weight.data.view(weight.shape[0], -1)
-    parts = [quantize(type_id, dequantize(weight.type_id, part)) for part in rows.split(REPACK_ROWS)]
+
+    def anew(rows: Tensor) -> Tensor:
+        return quantize(type_id, dequantize(weight.type_id, rows))
+
+    parts = weight.data.view(n, -1).split(max(1, CHUNK_CPU // k))
+    data = torch.cat(list(pool.map(anew, parts))).view(-1)
     weight.drop_pages()
-    return Packed(torch.cat(parts).view(-1), type_id, weight.shape)
+    return Packed(data, type_id, weight.shape)
 
 
 def compute_dtype(name: PrecisionName, device: torch.device) -> torch.dtype:

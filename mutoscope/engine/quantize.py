@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import torch
 from mutoscope.engine import umt5, vae, wan
 from mutoscope.engine.gguf import BLOCKS, GGMLType, Metadata
 from mutoscope.engine.gguf_writer import GGUFWriter
-from mutoscope.engine.quants import dequantize, quantize
+from mutoscope.engine.quants import dequantize, quantize, workers
 from mutoscope.engine.weights import Stored, WeightSource, open_weights
 from mutoscope.errors import RequestError, WeightError
 
@@ -113,7 +112,7 @@ def quantize_file(
         "general.file_type": FILE_TYPE[type_name],
     }
     writer = GGUFWriter(dst, metadata)
-    with _workers() as pool:
+    with workers() as pool:
         for name, tensor in tensors.items():
             type_id = _keep_16_bits(types[name], tensor)
             writer.add(name, tensor.shape, type_id, partial(_convert, tensor, type_id, pool))
@@ -306,21 +305,6 @@ def _keep_16_bits(type_id: GGMLType, tensor: Stored) -> GGMLType:
 def _is_16_bit_matrix(tensor: Stored) -> bool:
     is_matrix = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
     return is_matrix and tensor.type_id in (F16, BF16)
-
-
-@contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch has, each running torch with one.
-
-    The search is made of many short operations. Split over threads one by one they mostly wait for each
-    other: on two busy cores that took ten times longer than whole chunks per thread.
-    """
-    n_threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 def _convert(tensor: Stored, type_id: GGMLType, pool: ThreadPoolExecutor) -> np.ndarray:

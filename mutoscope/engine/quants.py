@@ -21,7 +21,9 @@ Details that have caused bugs:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -124,6 +126,21 @@ def quantize(type_id: int, x: Tensor) -> Tensor:
     for start in range(0, len(blocks_NE), step):
         packed_NB[start : start + step] = quant.quantize(blocks_NE[start : start + step].float())
     return packed_NB.view(*x.shape[:-1], columns // quant.block * quant.nbytes)
+
+
+@contextmanager
+def workers() -> Iterator[ThreadPoolExecutor]:
+    """For `quantize`: as many threads as torch has, each running torch with one.
+
+    The search for good factors is made of many short operations. Split over threads one by one they mostly wait for
+    each other: on two busy cores that took ten times longer than whole chunks per thread.
+    """
+    n_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def dequantize_rows(type_id: int, packed: Tensor, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -24,6 +24,7 @@ import zipfile
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from mutoscope.engine import umt5, vae, wan
 from mutoscope.engine.devices import has_own_memory
-from mutoscope.engine.gguf import GGMLType, GGUFFile, TensorInfo
+from mutoscope.engine.gguf import GGUFFile, TensorInfo
 from mutoscope.engine.headers import INCOMPLETE, file_kind, safetensors_header, shared_prefix
 from mutoscope.engine.linear import (
     FLOATS,
@@ -46,7 +47,7 @@ from mutoscope.engine.linear import (
     default_compute_dtype,
 )
 from mutoscope.engine.precision import REPACKED, chooser, read_sidecar, repacked
-from mutoscope.engine.quants import as_tensor
+from mutoscope.engine.quants import as_tensor, workers
 from mutoscope.engine.streaming import place_of
 from mutoscope.errors import WeightError
 from mutoscope.request import PrecisionName
@@ -262,12 +263,12 @@ def _fill(
     supply: _Supply,
     device: torch.device,
     precision_of: Callable[[str, Packed], Precision],
-    repack: GGMLType | None = None,
+    repack: Callable[[Packed], Packed] | None = None,
 ) -> None:
     """Give every layer of a meta-device model its weights: packed where large, float32 elsewhere.
 
     On a device with memory of its own, large ones stay on the host (see `streaming.place_of`).
-    repack: pack the linear weights of its blocks anew to this type.
+    repack: packs the linear weights of its blocks anew.
     """
 
     def small(name: str, shape: Sequence[int]) -> nn.Parameter:
@@ -278,7 +279,7 @@ def _fill(
         if isinstance(module, nn.Linear):
             weight = supply.take(f"{path}.weight", module.weight.shape)
             if repack is not None and "blocks." in path:
-                weight = repacked(weight, repack)
+                weight = repack(weight)
             if not has_own_memory(device) or place_of(path) == "stays":
                 weight = weight.to(device)
             bias = None if module.bias is None else small(f"{path}.bias", module.bias.shape).data
@@ -328,7 +329,12 @@ def load_wan(
         model = wan.WanModel(config)
     found = read_sidecar(Path(paths[0])) if sidecar else None
     choose = chooser(compute_dtype or precision, device, found["bf16"] if found else ())
-    _fill(model, supply, device, choose, REPACKED.get(precision))
+    type_id = REPACKED.get(precision)
+    if type_id is None:
+        _fill(model, supply, device, choose)
+    else:
+        with workers() as pool:
+            _fill(model, supply, device, choose, partial(repacked, type_id=type_id, pool=pool))
     return model
 
 

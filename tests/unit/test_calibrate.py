@@ -14,6 +14,7 @@ from mutoscope.engine.gguf import GGMLType
 from mutoscope.engine.inspect import inspect_file, render
 from mutoscope.engine.int8 import Int8
 from mutoscope.engine.linear import QuantLinear
+from mutoscope.engine.quants import workers
 from mutoscope.engine.weights import load_wan, open_weights
 from mutoscope.errors import FileError
 from scripts.make_random_model import write_random_model
@@ -93,12 +94,17 @@ def test_a_sidecar_of_another_file_is_refused(path):
 def test_weights_are_packed_anew_while_they_are_loaded(path, monkeypatch):
     weight = open_weights(path).tensors["blocks.0.ffn.2.weight"].packed()
     assert weight.shape == (256, 320)
-    smaller = precision.repacked(weight, GGMLType.Q4_0)
+    threads = torch.get_num_threads()
+    with workers() as pool:
+        smaller = precision.repacked(weight, GGMLType.Q4_0, pool)
+        assert precision.repacked(smaller, GGMLType.Q8_0, pool) is smaller  # never larger
+        assert (
+            precision.repacked(weight, GGMLType.Q4_K, pool) is weight
+        )  # rows of 320 are no whole blocks of 256
+    assert torch.get_num_threads() == threads
     assert smaller.data.nbytes == 256 * 10 * 18 < weight.data.nbytes
     exact = weight.values(torch.float32)
     assert 0.01 < ((smaller.values(torch.float32) - exact).norm() / exact.norm()).item() < 0.15
-    assert precision.repacked(smaller, GGMLType.Q8_0) is smaller  # never larger
-    assert precision.repacked(weight, GGMLType.Q4_K) is weight  # rows of 320 are no whole blocks of 256
     monkeypatch.setitem(precision.REPACKED, "q4", GGMLType.Q4_0)
     types = {
         name: m.type_id
