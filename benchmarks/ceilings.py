@@ -59,26 +59,27 @@ def attention_flops(config: WanConfig, n_tokens: int, n_keys: int) -> float:
     return 4.0 * n_tokens * (n_tokens + n_keys) * config.dim * config.n_layers
 
 
-def products_of_a_block(config: WanConfig, n_tokens: int, dtype: torch.dtype) -> Callable[[], None]:
-    """The linear layers of one block without the block."""
+def products_of_blocks(config: WanConfig, n_tokens: int, dtype: torch.dtype) -> Callable[[], None]:
+    """The linear layers of one block without the block, as often as there are blocks: what lasts as long as a forward
+    meets the same good and bad moments of a machine."""
     sizes = [(config.dim, config.dim)] * 6 + [(config.ffn_dim, config.dim), (config.dim, config.ffn_dim)]
     weights = [torch.randn(n, k).to(dtype) for n, k in sizes]
     inputs = {k: torch.randn(n_tokens, k).to(dtype) for k in (config.dim, config.ffn_dim)}
 
     def run() -> None:
-        for weight in weights:
+        for weight in weights * config.n_layers:
             F.linear(inputs[weight.shape[1]], weight)
 
     return run
 
 
-def integer_products_of_a_block(config: WanConfig, n_tokens: int) -> Callable[[], None]:
+def integer_products_of_blocks(config: WanConfig, n_tokens: int) -> Callable[[], None]:
     """The same in 8-bit integers."""
     sizes = [(config.dim, config.dim)] * 6 + [(config.ffn_dim, config.dim), (config.dim, config.ffn_dim)]
     products = [matmul(torch.int8, (n_tokens, k, n)) for n, k in sizes]
 
     def run() -> None:
-        for product in products:
+        for product in products * config.n_layers:
             product()
 
     return run

@@ -207,9 +207,9 @@ def transformer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, Callable[[], Any]] = {name: ours(name) for name in models}
     runs["diffusers"] = lambda: peer(x.to(dtype), t, padded.to(dtype), return_dict=False)[0]
     errors = {name: relative_error(run(), expected) for name, run in runs.items()}
-    runs["products"] = ceilings.products_of_a_block(config, tokens, dtype)
+    runs["products"] = ceilings.products_of_blocks(config, tokens, dtype)
     if int8_is_fast():
-        runs["integer products"] = ceilings.integer_products_of_a_block(config, tokens)
+        runs["integer products"] = ceilings.integer_products_of_blocks(config, tokens)
 
     def once_per_clip() -> None:
         model = next(iter(models.values()))
@@ -226,8 +226,7 @@ def transformer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
     linear = ceilings.linear_flops(config, tokens)
     attention = ceilings.attention_flops(config, tokens, PROMPT_TOKENS + 1)
-    of_block = linear / config.n_layers
-    rates = {key: of_block / min(s.rounds) for key, s in seconds.items() if key.endswith("products")}
+    rates = {key: linear / min(s.rounds) for key, s in seconds.items() if key.endswith("products")}
     floors = {"products": (linear + attention) / rates["products"]}
     if "integer products" in rates:
         floors["integer products"] = linear / rates["integer products"] + attention / rates["products"]
@@ -245,7 +244,7 @@ def transformer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     theirs = min(seconds["diffusers"].rounds)
     print(f"\n{report['case']}, {tokens} tokens, {report['tflop']:.2f} TFLOP")
     for key, rate in report["gflops"].items():
-        print(f"  {key} of a block {rate:.0f} GFLOP/s: floor {floors[key]:.2f} s")
+        print(f"  {key} of the blocks {rate:.0f} GFLOP/s: floor {floors[key]:.2f} s")
     for name in (*models, "diffusers"):
         row = {**seconds[name].as_json(), "relative_error": errors[name]}
         row["diffusers_over_this"] = seconds["diffusers"].median / row["median_s"]
