@@ -35,7 +35,7 @@ BATCHED_GUIDANCE_TOKENS = 4096
 """Up to this many tokens the guided and the unguided pass run as one batch; above, memory counts more."""
 VAE_STATE_BYTES_PER_PIXEL = 57
 """What the causal layers of decoder or encoder remember, per unit of base width and pixel, in 16-bit floats."""
-VAE_WORK_BYTES_PER_PIXEL = 96
+VAE_WORK_BYTES_PER_PIXEL = 100
 """Peak of the tensors alive in the widest layers, per unit of base width and pixel of a tile."""
 CLIP_BYTES_PER_PIXEL = 6
 """Three channels at 16 bits: a clip in tiles is put together in memory (see `tiling`)."""

@@ -230,7 +230,10 @@ class CausalConv3d(nn.Module):
             x = torch.cat((past, x), dim=2)
         if kt > 1:
             last = x[:, :, 1 - kt :]
-            stream[self] = F.pad(last, (0, 0, 0, 0, kt - 1 - last.shape[2], 0))  # copies in any case
+            if self in stream:
+                stream[self].copy_(last)
+            else:
+                stream[self] = F.pad(last, (0, 0, 0, 0, kt - 1 - last.shape[2], 0))  # copies in any case
         return F.conv3d(x, weight, self.bias, padding=(0, kh // 2, kw // 2))
 
 

@@ -173,6 +173,19 @@ def test_unused_temporal_taps_are_trimmed(reference, save, assert_close):
     assert_close(trimmed.decode(latents_of(9)), reference_decode(reference, latents_of(9)))
 
 
+def test_what_is_remembered_stays_where_it_is(ours):
+    """Two frames, zeros before a first one; memory does not wander with the frames."""
+    conv, stream, places = ours.decoder.conv1, Stream(), []
+    frames = noise(1, 4, 4, 3, 5)
+    for chunk in (frames[:, :, :1], frames[:, :, 1:2], frames[:, :, 2:]):
+        conv(chunk, stream)
+        places.append(stream[conv].data_ptr())
+        if len(places) == 1:
+            torch.testing.assert_close(stream[conv], F.pad(chunk, (0, 0, 0, 0, 1, 0)), rtol=0, atol=0)
+    torch.testing.assert_close(stream[conv], frames[:, :, 2:], rtol=0, atol=0)
+    assert len(set(places)) == 1
+
+
 # ---------------------------------------------------------------- tiles
 
 
