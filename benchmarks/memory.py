@@ -4,6 +4,7 @@
     python -m benchmarks.memory --files DIR --sizes 480x256x9 --memory 3.5GiB                          # a whole clip
     python -m benchmarks.memory --files DIR --model vace-14b --type Q4_K_M --sizes 480x256x17 --memory 15GiB
     python -m benchmarks.memory --model pocket --memory 700MiB
+    python -m benchmarks.memory --files DIR --vae 64x64x5,64x64x17,256x256x13           # decoding alone, a tile each
 
 A fresh process for each clip, its resident memory read from outside (Linux): `all` is the system's own high-water mark
 with every page of mapped files, `own` the anonymous part, looked at fifty times a second: what the system cannot take
@@ -48,7 +49,15 @@ def main() -> None:
     parser.add_argument(
         "--until", choices=("denoise", "decode"), default="decode", help="the last stage to run"
     )
+    parser.add_argument("--vae", default="", help="width x height x frames, by commas, and nothing else")
     args = parser.parse_args()
+    if args.vae:
+        print(
+            json.dumps(
+                {"benchmark": "memory", "vae": [decoding(args.files, size) for size in args.vae.split(",")]}
+            )
+        )
+        return
 
     from benchmarks.measure import machine
 
@@ -85,6 +94,34 @@ def main() -> None:
         )
     print(table(report["clips"]))
     print(json.dumps(report))
+
+
+def decoding(folder: Path, size: str) -> dict[str, Any]:
+    """Own memory at the peak of one tile's decoding, over what was there before."""
+    import torch
+
+    from benchmarks.measure import PeakMemory
+    from benchmarks.sets import write_set
+    from mutoscope.engine import pages
+    from mutoscope.engine.weights import load_vae
+
+    write_set(folder, "t2v-1.3b", "Q8_0", layers=2, text_layers=1)
+    width, height, frames = map(int, size.split("x"))
+    vae = load_vae(folder / "vae-F16.safetensors")
+    pages.reuse_freed()
+    with torch.inference_mode():
+        for _ in vae.decode_stream(torch.randn(1, 16, 1, 2, 2)):
+            pass  # kernels are compiled
+        pages.give_back()
+        with PeakMemory() as before:
+            pass
+        with PeakMemory() as peak:
+            for _ in vae.decode_stream(torch.randn(1, 16, 1 + frames // 4, height // 8, width // 8)):
+                pass
+    more = peak.anonymous - before.anonymous
+    each = more / (vae.config.base_dim * width * height)
+    print(f"{size}: {more / 2**20:.0f} MiB, {each:.0f} bytes per unit of base width and pixel", flush=True)
+    return {"size": size, "bytes": more, "per_unit_and_pixel": each}
 
 
 def table(clips: Sequence[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.measure import in_turns
+from benchmarks.memory import table
 from benchmarks.sdcpp import StableDiffusionCpp, step_seconds
 
 FAKE = """#!{python}
@@ -75,3 +76,11 @@ def test_turns_take_the_seconds_of_others_as_they_are() -> None:
     assert calls == ["ours", "ours", "theirs", "theirs", "ours"], "a warm-up of ours only; then by turns"
     assert seconds["ours"].rounds == (1.0, 1.0)
     assert seconds["theirs"].rounds == (43.0, 44.0)
+
+
+def test_the_table_of_memory_takes_kept_weights_off() -> None:
+    gib = 1 << 30
+    stages = {"text": {"own": 0, "at": 1.25}, "denoise": {"own": 3 * gib, "at": 2.0}}
+    clip = {"size": "480x256x9", "all": 5 * gib, "stages": stages, "kept": gib, "seconds": 7.0}
+    clip["estimate"] = {"denoise": 2 * gib, "decode": 4 * gib}
+    assert table([clip]).splitlines()[2] == "| 480x256x9 | 5.00 | 2.00 (2.00) |  (4.00) | 1.2 s | 7 |"
