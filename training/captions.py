@@ -142,9 +142,15 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "camera": world.CAMERAS,
     "style": world.STYLES,
     "relation": world.RELATIONS,
-    "second shape": world.SHAPES,
-    "second color": tuple(world.COLORS),
-    "second motion": world.MOTIONS,
+    **{
+        f"{place} {name}": values
+        for place in ("near", "far")
+        for name, values in (
+            ("shape", world.SHAPES),
+            ("color", tuple(world.COLORS)),
+            ("motion", world.MOTIONS),
+        )
+    },
 }
 ATTRIBUTE_SIZES: dict[str, int] = {name: len(values) for name, values in _COLUMNS.items()}
 NO_CLASS = -100  # of an attribute that a scene does not have; what cross entropy ignores
@@ -156,10 +162,16 @@ def class_of(name: str, value: str) -> int:
 
 
 def attributes(scene: Scene) -> dict[str, int]:
-    """Class number of each attribute, below `ATTRIBUTE_SIZES`; NO_CLASS for a second object that is not there."""
+    """Class number of each attribute, below `ATTRIBUTE_SIZES`, of the first object.
+
+    "near" is the left or upper one of two objects, "far" the other: to name them takes the relation and the order of
+    the words together. NO_CLASS where there is one object only.
+    """
     seen = {**vars(scene), **vars(scene.objects[0])}
-    if len(scene.objects) == 2:
-        seen |= {f"second {name}": value for name, value in vars(scene.objects[1]).items()}
+    if scene.relation:
+        ordered = scene.objects if scene.relation in ("left of", "above") else scene.objects[::-1]
+        for place, thing in zip(("near", "far"), ordered, strict=True):
+            seen |= {f"{place} {name}": value for name, value in vars(thing).items()}
     return {
         name: values.index(seen[name]) if seen.get(name) else NO_CLASS for name, values in _COLUMNS.items()
     }

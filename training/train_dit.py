@@ -235,7 +235,7 @@ def loss_of(
         report |= {
             "aux": float(losses.detach().mean()),
             "relation": told["relation"],
-            "second": told["second shape"],
+            "near": told["near shape"],
         }
     return flow, report
 
@@ -329,7 +329,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
         if grid not in ropes:
             ropes[grid] = rope_table(grid, DIT.head_dim, device=device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss, report = loss_of(model, batch, context, ropes[grid], 0.1 if stage == "images" else 0.05)
+            loss, report = loss_of(model, batch, context, ropes[grid], 0.15)
         for o in optimisers:
             o.zero_grad(set_to_none=True)
         loss.backward()

@@ -150,8 +150,10 @@ def test_held_out_phrasings_are_not_trained_on() -> None:
 
 
 def test_attributes_are_below_their_sizes() -> None:
-    """Those of a second object are there with it, and are its own."""
-    of_pairs = {"relation", "second shape", "second color", "second motion"}
+    """Those of a pair are there with it, and say which is where."""
+    of_pairs = {"relation"} | {
+        f"{p} {name}" for p in ("near", "far") for name in ("shape", "color", "motion")
+    }
     for scene in scenes("full", 200, seed=15):
         numbers = captions.attributes(scene)
         assert numbers.keys() == captions.ATTRIBUTE_SIZES.keys()
@@ -159,7 +161,11 @@ def test_attributes_are_below_their_sizes() -> None:
         assert all(0 <= number < captions.ATTRIBUTE_SIZES[name] for name, number in there.items())
         assert numbers.keys() - there.keys() == (of_pairs if len(scene.objects) == 1 else set())
         if len(scene.objects) == 2:
-            assert numbers["second color"] == captions.class_of("color", scene.objects[1].color)
+            first, second = world.tracks(scene)
+            axis = 0 if scene.relation in ("left of", "right of") else 1
+            near = 0 if first.centre[0, axis] < second.centre[0, axis] else 1
+            assert numbers["near color"] == captions.class_of("color", scene.objects[near].color)
+            assert numbers["far shape"] == captions.class_of("shape", scene.objects[1 - near].shape)
 
 
 # ------------------------------------------------------------------------------------------------ detector
