@@ -78,12 +78,13 @@ def split(
 
 
 def load(module: nn.Module, weights: dict[str, Tensor], *, new: str) -> None:
-    """Saved weights into a module; those whose names begin with `new` may be missing, and stay as they are.
+    """Saved weights into a module. Names that begin with `new` may differ: what is missing stays as it is.
 
     RuntimeError for any other name that is missing or unknown.
     """
-    kept = {k: v for k, v in module.state_dict().items() if k.startswith(new) and k not in weights}
-    module.load_state_dict({**weights, **kept})
+    fresh = {k: v for k, v in module.state_dict().items() if k.startswith(new)}
+    saved = {k: v for k, v in weights.items() if k in fresh or not k.startswith(new)}
+    module.load_state_dict(fresh | saved)
 
 
 def decayed(progress: float, warm_up: float = 0.02, decay: float = 0.4) -> float:
