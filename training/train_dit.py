@@ -39,6 +39,8 @@ DIT = WanConfig(
 VOCABULARY_SIZE = 512
 SHIFT = 2.0
 """Training times are logit-normal, shifted towards noise: text decides early, when little of the picture is there."""
+CAPTIONS_BESIDE = 5
+"""Captions per clip of a batch that the text encoder alone is trained on: it is small, and needs more than the rest."""
 OFTENER: dict[str, dict[str, float]] = {
     "relation": dict.fromkeys(world.RELATIONS, 2.2),
     "motion": {"orbits": 2.0, "spins": 1.5, "falls": 1.5},
@@ -117,21 +119,31 @@ class Examples:
             for c, one in enumerate(row):
                 self.ids[n, c, : len(one)] = torch.tensor(one)
 
-    def next(self, n: int, dropout: float = 0.1, unnamed: float = 0.0) -> dict[str, Tensor]:
-        """A batch; `unnamed` is the share of captions that leave the object to a reference."""
-        drawn = self.rng.random(n) * self.share_up_to[-1]
-        pick = torch.from_numpy(np.searchsorted(self.share_up_to, drawn, side="right"))
-        which = torch.from_numpy(self.rng.integers(data.CAPTIONS_PER_CLIP, size=n))
+    def next(
+        self, n: int, dropout: float = 0.1, unnamed: float = 0.0, more_captions: int = 0
+    ) -> dict[str, Tensor]:
+        """A batch; `unnamed` is the share of captions that leave the object to a reference.
+
+        Behind the n captions of the clips come `more_captions` for the text encoder alone.
+        """
+        pick = torch.from_numpy(self._drawn(n + more_captions))
+        which = torch.from_numpy(self.rng.integers(data.CAPTIONS_PER_CLIP, size=len(pick)))
         if unnamed:
-            which[torch.from_numpy(self.rng.random(n) < unnamed)] = data.CAPTIONS_PER_CLIP
+            which[torch.from_numpy(self.rng.random(len(pick)) < unnamed)] = data.CAPTIONS_PER_CLIP
         ids, lengths = self.ids[pick, which].clone(), self.lengths[pick, which].clone()
-        dropped = torch.from_numpy(self.rng.random(n) < dropout)
+        dropped = torch.from_numpy(self.rng.random(len(pick)) < dropout)
         ids[dropped, 0] = 1  # the empty prompt is one end token
         lengths[dropped] = 1
+        clips = pick[:n]
         return {
-            "x": self.latents[pick].float(), "ids": ids, "lengths": lengths,
-            "classes": self.classes[pick], "mask": self.masks[pick], "dropped": dropped, "index": pick,
+            "x": self.latents[clips].float(), "ids": ids, "lengths": lengths,
+            "classes": self.classes[pick], "mask": self.masks[clips], "dropped": dropped, "index": clips,
         }  # fmt: skip
+
+    def _drawn(self, n: int) -> np.ndarray:
+        """Numbers of n clips, drawn by their shares."""
+        place = self.rng.random(n) * self.share_up_to[-1]
+        return np.searchsorted(self.share_up_to, place, side="right")
 
     def vace_context(self, batch: dict[str, Tensor]) -> Tensor:
         """A random VACE task for each clip: what is kept, what is to be made, and the mask, [B, 96, F', H/8, W/8]."""
@@ -215,7 +227,7 @@ def loss_of(
     noise = torch.randn_like(x0)
     t5 = t.view(-1, 1, 1, 1, 1)
     rows = model.text(batch["ids"], batch["lengths"])
-    text = model.dit.text_context(rows, batch["lengths"], vace=context is not None)
+    text = model.dit.text_context(rows[:n], batch["lengths"][:n], vace=context is not None)
     tokens = None if context is None else model.dit.vace_tokens(context)
     v = model.dit((1 - t5) * x0 + t5 * noise, model.dit.time_modulation(1000 * t), text, rope, tokens)
     error = (v - (noise - x0)).square().mean(1)
@@ -319,7 +331,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
             n = max(1, a.batch * examples.latents[0].numel() // source.latents[0].numel())  # as much work
         elif stage == "vace" and step % 6 == 4:
             refer = examples.has_task_inputs
-        batch = source.next(n, unnamed=0.6 if refer else 0.0)
+        batch = source.next(n, unnamed=0.6 if refer else 0.0, more_captions=CAPTIONS_BESIDE * a.batch)
         context = None
         if stage == "vace" and source is not pictures:
             context = source.add_reference(batch) if refer else source.vace_context(batch)
