@@ -38,9 +38,10 @@ class Part:
 PLAN = (
     Part("vae", "training.train_vae", ("decoder",), 0.20),
     Part("vae", "training.train_vae", ("encoder",), 0.06),
+    Part("dit", "training.train_text", ("captions", "--compile"), 0.03, other_forms=False),
     Part("dit", "training.train_dit", ("images", "--compile", "--decay", "0.2"), 0.12, other_forms=False),
     Part("dit", "training.train_dit", ("clips", "--compile", "--pictures", "--decay", "0.15"), 0.22),
-    Part("dit", "training.train_dit", ("vace", "--compile", "--pictures", "--decay", "0.45", "--ema", "0.995"), 0.40),
+    Part("dit", "training.train_dit", ("vace", "--compile", "--pictures", "--decay", "0.45", "--ema", "0.995"), 0.37),
 )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def main() -> None:
             "--data": root, "--out": a.runs / f"{part.name}.pt", "--minutes": f"{part.share * a.minutes:.2f}",
             "--threads": a.threads,
         }  # fmt: skip
-        if part.name == "dit":
+        if part.module == "training.train_dit":
             options |= {
                 "--lr": a.lr,
                 "--device": a.device,
