@@ -41,8 +41,10 @@ SHIFT = 2.0
 """Training times are logit-normal, shifted towards noise: text decides early, when little of the picture is there."""
 CAPTIONS_BESIDE = 1
 """Captions per clip of a batch that the text encoder alone is trained on: it is small, and needs more than the rest."""
+PAIRS_BY_TEXT = 0.5
+"""Of the clips of two objects, how many are made from text before tasks are drawn: what is shown says what is where."""
 OFTENER: dict[str, dict[str, float]] = {
-    "relation": dict.fromkeys(world.RELATIONS, 2.2),
+    "relation": dict.fromkeys(world.RELATIONS, 5.0),
     "motion": {"orbits": 2.0, "spins": 1.5, "falls": 1.5},
     "shape": {"star": 1.4, "cross": 1.7},
     "style": {"outline": 1.4},
@@ -128,6 +130,8 @@ class Examples:
             masks.append(_token_mask(torch.from_numpy(shard.masks)))
         self.latents, self.masks = torch.cat(latents), torch.cat(masks)
         self.classes = torch.from_numpy(np.concatenate(classes))
+        relation = list(captions.ATTRIBUTE_SIZES).index("relation")
+        self.of_pairs = (self.classes[:, relation] != captions.NO_CLASS).numpy()
         self.share_up_to = np.cumsum(_oftener(self.classes.numpy()))
         self.lengths = torch.tensor([[len(i) for i in row] for row in ids])
         self.ids = torch.zeros(*self.lengths.shape, int(self.lengths.max()), dtype=torch.long)
@@ -167,7 +171,10 @@ class Examples:
         for i in batch["index"].tolist():
             shard, row = self.shards[i // data.SHARD], i % data.SHARD
             boxes = None if shard.boxes is None else shard.boxes[row]
-            shown.append(tasks.random_task(self.rng, shard.frames[row], boxes))
+            if self.of_pairs[i] and self.rng.random() < PAIRS_BY_TEXT:
+                shown.append(tasks.task("text", self.rng, shard.frames[row], boxes))
+            else:
+                shown.append(tasks.random_task(self.rng, shard.frames[row], boxes))
         n, shape = len(shown), shown[0].frames.shape
         mask = torch.from_numpy(np.stack([s.mask for s in shown]))[:, None]
         kept = self.nothing(shape[:3]).repeat(n, 1, 1, 1, 1)
