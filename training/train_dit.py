@@ -41,10 +41,10 @@ SHIFT = 2.0
 """Training times are logit-normal, shifted towards noise: text decides early, when little of the picture is there."""
 CAPTIONS_BESIDE = 1
 """Captions per clip of a batch that the text encoder alone is trained on: it is small, and needs more than the rest."""
-PAIRS_BY_TEXT = 0.5
+PAIRS_BY_TEXT = 0.3
 """Of the clips of two objects, how many are made from text before tasks are drawn: what is shown says what is where."""
 OFTENER: dict[str, dict[str, float]] = {
-    "relation": dict.fromkeys(world.RELATIONS, 5.0),
+    "relation": dict.fromkeys(world.RELATIONS, 1.3),
     "motion": {"orbits": 2.0, "spins": 1.5, "falls": 1.5},
     "shape": {"star": 1.4, "cross": 1.7},
     "style": {"outline": 1.4},
