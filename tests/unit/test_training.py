@@ -93,6 +93,7 @@ def test_vace_context_is_the_code_of_what_is_kept_and_what_is_made(
     shown = [tasks.task(name, np.random.default_rng(i), shard.frames[i], shard.boxes[i]) for i in range(3)]
     given = iter(shown)
     monkeypatch.setattr(tasks, "random_task", lambda *_: next(given))
+    monkeypatch.setattr(train_dit, "PAIRS_BY_TEXT", 0.0)
     context = examples.vace_context({"index": torch.arange(3)})
     video = torch.from_numpy(np.stack([s.frames for s in shown])).permute(0, 4, 1, 2, 3) / 127.5 - 1
     mask = torch.from_numpy(np.stack([s.mask for s in shown]))[:, None]
