@@ -156,6 +156,11 @@ ATTRIBUTE_SIZES: dict[str, int] = {name: len(values) for name, values in _COLUMN
 NO_CLASS = -100  # of an attribute that a scene does not have; what cross entropy ignores
 
 
+def column(name: str) -> int:
+    """Where an attribute stands in a row of classes."""
+    return list(ATTRIBUTE_SIZES).index(name)
+
+
 def class_of(name: str, value: str) -> int:
     """The class number of one value of an attribute."""
     return _COLUMNS[name].index(value)

@@ -99,6 +99,17 @@ def decayed(progress: float, warm_up: float = 0.02, decay: float = 0.4) -> float
     return 1.0 if progress < 1 - decay else max(0.01, (1 - progress) / decay)
 
 
+class Rates:
+    """The learning rates of optimisers as they are made, and those of a moment of the run."""
+
+    def __init__(self, optimisers: Iterable[torch.optim.Optimizer]) -> None:
+        self.groups = [(group, group["lr"]) for o in optimisers for group in o.param_groups]
+
+    def at(self, progress: float, decay: float = 0.4) -> None:
+        for group, rate in self.groups:
+            group["lr"] = rate * decayed(progress, decay=decay)
+
+
 class EMA:
     """Moving average of a module's weights; the average is what is evaluated and exported."""
 

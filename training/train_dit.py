@@ -130,7 +130,7 @@ class Examples:
             masks.append(_token_mask(torch.from_numpy(shard.masks)))
         self.latents, self.masks = torch.cat(latents), torch.cat(masks)
         self.classes = torch.from_numpy(np.concatenate(classes))
-        relation = list(captions.ATTRIBUTE_SIZES).index("relation")
+        relation = captions.column("relation")
         self.of_pairs = (self.classes[:, relation] != captions.NO_CLASS).numpy()
         self.share_up_to = np.cumsum(_oftener(self.classes.numpy()))
         self.lengths = torch.tensor([[len(i) for i in row] for row in ids])
@@ -339,7 +339,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
     model.to(device)
     optimisers = optimisers_of(model, a.lr)
     adam = [p for group in optimisers[1].param_groups for p in group["params"]]
-    rates = [group["lr"] for o in optimisers for group in o.param_groups]
+    rates = optim.Rates(optimisers)
     ema = optim.EMA(model, a.ema)
     ropes: dict[tuple[int, ...], Tensor] = {}
     torch._dynamo.config.recompile_limit = 64  # a few shapes, each compiled once
@@ -349,8 +349,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
     start = last = time.time()
     step, seen, running = 0, 0, {}
     while (progress := same_everywhere((time.time() - start) / (60 * a.minutes))) < 1:
-        for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
-            group["lr"] = rate * optim.decayed(progress, decay=a.decay)
+        rates.at(progress, decay=a.decay)
         source, n, refer = examples, a.batch, False
         if pictures is not None and step % 6 in ((3,) if stage == "vace" else (3, 5)):
             source, n = pictures, 4 * a.batch

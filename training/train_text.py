@@ -38,8 +38,7 @@ class Sides:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.colors = [tokenizer.encode(color)[0] for color in world.COLORS]
         self.dark = tokenizer.encode("dark")[0]
-        names = list(captions.ATTRIBUTE_SIZES)
-        self.columns = names.index("near color"), names.index("far color")
+        self.columns = captions.column("near color"), captions.column("far color")
 
     def of(self, ids: list[int], classes: list[int]) -> list[int]:
         """NEAR or FAR for the first token of each object's colour and the noun behind it, NO_CLASS for the others."""
@@ -60,7 +59,7 @@ class Captions:
 
     def __init__(self, root: Path, tokenizer: Tokenizer) -> None:
         sides, ids, classes, of_words = Sides(tokenizer), [], [], []
-        relation = list(captions.ATTRIBUTE_SIZES).index("relation")
+        relation = captions.column("relation")
         for shard in data.shards(root, "clips"):
             for texts, row in zip(shard.captions, shard.classes.tolist(), strict=True):
                 if row[relation] == captions.NO_CLASS and torch.rand(()) > SINGLES:
@@ -97,12 +96,11 @@ def train(model: Starter, told: Captions, a: argparse.Namespace, old: UMT5Encode
     """
     sider = nn.Linear(TEXT["dim"], 2)
     optimisers = (*optimisers_of(model, a.lr), torch.optim.AdamW(sider.parameters(), lr=a.lr * 0.15))
-    rates = [group["lr"] for o in optimisers for group in o.param_groups]
+    rates = optim.Rates(optimisers)
     start = last = time.time()
     step, running = 0, {}
     while (progress := max((time.time() - start) / (60 * a.minutes), step / a.steps)) < 1:
-        for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
-            group["lr"] = rate * optim.decayed(progress)
+        rates.at(progress)
         ids, sides, lengths, classes = told.next(a.batch)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rows = model.text(ids, lengths).float()

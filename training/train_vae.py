@@ -107,14 +107,13 @@ def train(mode: str, a: argparse.Namespace) -> None:
         optim.Muon(muon, lr=lr),
         torch.optim.AdamW(adam, lr=lr * 0.15, betas=(0.9, 0.95), weight_decay=0),
     ]
-    rates = [group["lr"] for o in optimisers for group in o.param_groups]
+    rates = optim.Rates(optimisers)
     ema = optim.EMA(vae, 0.995)
     batches = Batches(a.data, n_frames, a.seed + int(time.time()), a.also)
     start = last = time.time()
     step, running = 0, {}
     while (progress := (time.time() - start) / (60 * a.minutes)) < 1:
-        for group, rate in zip((g for o in optimisers for g in o.param_groups), rates, strict=True):
-            group["lr"] = rate * optim.decayed(progress)
+        rates.at(progress)
         video, mask = batches.next(a.batch)
         shown = video if mode in ("decoder", "finish") else batches.gray_out(video)
         target = code.encode(shown)
