@@ -51,6 +51,7 @@ class Defaults:
     frames: int
     fps: float
     negative_prompt: str = ""
+    guidance_kept: float | None = None  # where the picture is given: None for `guidance` there too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +224,7 @@ def write_manifest(manifest: ModelManifest, path: str | Path) -> None:
     for section in ("defaults", "limits"):
         lines += ["", f"[{section}]"]
         lines += [
-            f"{k} = {_toml(v)}" for k, v in vars(getattr(manifest, section)).items() if v not in ("", 0)
+            f"{k} = {_toml(v)}" for k, v in vars(getattr(manifest, section)).items() if v not in ("", 0, None)
         ]
     told = {k: v for k, v in vars(manifest.service).items() if v != getattr(Serving(), k)}
     if told:
@@ -313,9 +314,10 @@ def _stays(relative: str) -> bool:
 def _defaults(table: Mapping[str, Any], path: Path) -> Defaults:
     where = f"{path} [defaults]"
     defaults = _record(Defaults, table, where)
-    for key in ("steps", "guidance", "shift", "width", "height", "frames", "fps"):
-        if getattr(defaults, key) <= 0:
-            raise FileError(f"{where}: {key} is {getattr(defaults, key)}, more than 0 expected.")
+    for key in ("steps", "guidance", "guidance_kept", "shift", "width", "height", "frames", "fps"):
+        value = getattr(defaults, key)
+        if value is not None and value <= 0:
+            raise FileError(f"{where}: {key} is {value}, more than 0 expected.")
     if defaults.frames % 4 != 1:
         raise FileError(f"{where}: frames is {defaults.frames}, 4n+1 expected.", hint="For example 17 or 81.")
     return defaults
@@ -362,7 +364,10 @@ def _record(kind: type[_T], table: Any, where: str) -> _T:
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     _only(table, known, where)
     types = {"int": int, "float": float, "str": str}
-    values = {key: _typed(table, key, types[str(known[key].type)], where, None) for key in table}
+    values = {
+        key: _typed(table, key, types[str(known[key].type).removesuffix(" | None")], where, None)
+        for key in table
+    }
     missing = [f.name for f in known.values() if f.default is dataclasses.MISSING and f.name not in table]
     if missing:
         raise FileError(f"{where}: {', '.join(missing)} missing.")

@@ -13,7 +13,7 @@ from typing import Any
 from mutoscope import __version__
 from mutoscope.digests import sha256_of
 from mutoscope.errors import MediaError, RequestError
-from mutoscope.manifest import ModelManifest, suggest
+from mutoscope.manifest import Defaults, ModelManifest, suggest
 from mutoscope.media.frames import check_frames
 from mutoscope.media.read import probe
 from mutoscope.request import (
@@ -103,6 +103,7 @@ def plan(request: GenerationRequest, manifest: ModelManifest) -> GenerationReque
         negative_prompt=d.negative_prompt if request.negative_prompt is None else request.negative_prompt,
         loras=loras,
         guidance_interval=_interval(request.guidance_interval),
+        guidance_kept=_guidance_kept(request, d),
         guidance_kind=_guidance_kind(request.guidance_kind, steps),
         cache=_switch("cache", request.cache, CACHES, 0.0, 10.0),
     )
@@ -184,6 +185,14 @@ def _interval(interval: tuple[float, float]) -> tuple[float, float]:
         raise RequestError(f"guidance_interval = {tuple(interval)}, two fractions of the steps expected.",
                            hint="Like (0.2, 0.8): from a fifth to four fifths.")  # fmt: skip
     return float(start), float(stop)
+
+
+def _guidance_kept(request: GenerationRequest, defaults: Defaults) -> float | None:
+    """None where nothing is given, or what is given is guided like the rest."""
+    value = defaults.guidance_kept if request.guidance_kept is None else request.guidance_kept
+    if value is None or request.conditioning.is_empty:
+        return None
+    return _number("guidance_kept", value, 0.0, 0.0, 100.0)
 
 
 def _guidance_kind(text: str, steps: int) -> str:

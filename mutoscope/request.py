@@ -113,6 +113,7 @@ class GenerationRequest:
 
     loras               low-rank changes of the model, with their strengths
     guidance_interval   the part of the steps that is guided, as fractions: (0.2, 0.8) leaves out a fifth at both ends
+    guidance_kept       the guidance of what is given and kept, where the text has nothing to say
     guidance_kind       "cfg", or "zero-star" (CFG-Zero*), with the number of steps left out at the start: "zero-star=1"
     cache               steps that are not computed: "none", "easy", "tea" or "mag", with a threshold: "easy=0.05"
     """
@@ -132,6 +133,7 @@ class GenerationRequest:
     quality: Literal["draft", "standard"] = "standard"
     loras: tuple[Lora, ...] = ()
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_kept: float | None = None
     guidance_kind: str = "cfg"
     cache: str = "none"
 

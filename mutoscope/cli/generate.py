@@ -228,6 +228,14 @@ def generate(
             rich_help_panel=_SAMPLING,
         ),
     ] = "0,1",
+    guidance_kept: Annotated[
+        float | None,
+        typer.Option(
+            help="The guidance of what is given and kept: frames, and what a mask leaves (default: the model's).",
+            show_default=False,
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
     guidance_kind: Annotated[
         str,
         typer.Option(
@@ -338,6 +346,7 @@ def generate(
         quality=quality,
         loras=tuple(_found(parse.lora(text), manifest) for text in lora or ()),
         guidance_interval=parse.interval(guidance_interval),
+        guidance_kept=guidance_kept,
         guidance_kind=guidance_kind,
         cache=cache,
     )

@@ -41,6 +41,8 @@ def _options(request: Mapping[str, Any], model: Any) -> Iterator[str]:
         yield f"--negative={request['negative_prompt']}"
     if "guidance_interval" in request:
         yield f"--guidance-interval={_joined(request['guidance_interval'])}"
+    if "guidance_kept" in request:
+        yield from ("--guidance-kept", _number(request["guidance_kept"]))
     for name in ("guidance_kind", "cache"):
         if name in request:
             yield from (f"--{name.replace('_', '-')}", request[name])

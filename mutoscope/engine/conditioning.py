@@ -273,6 +273,15 @@ def mask_channels(mask: Mask) -> Tensor:
     return F.interpolate(cells, size=(n_latent, h // s, w // s), mode="nearest-exact")
 
 
+def generated(prepared: Prepared) -> Tensor:
+    """Latent cells of which nothing is given: float32 [1, 1, R + 1 + (F-1)/4, H/8, W/8], 1 there, 0 elsewhere."""
+    s, (h, w) = SPATIAL_STRIDE, prepared.mask.shape[1:]
+    first, later = prepared.mask[:1], prepared.mask[1:]
+    frames = np.concatenate((first, later.reshape(-1, TEMPORAL_STRIDE, h, w).min(1)))
+    cells = frames.reshape(len(frames), h // s, s, w // s, s).min((2, 4)).astype(np.float32)
+    return F.pad(torch.from_numpy(cells)[None, None], (0, 0, 0, 0, len(prepared.references), 0))
+
+
 def dump(prepared: Prepared, folder: Path, fps: float) -> list[Path]:
     """Write what the model is given as PNG pictures: frames, mask (white = generate), references. Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -79,14 +79,16 @@ def generate(
     yield Stage(name="conditioning", seconds=clock.seconds)
     if models.stream is not None:
         models.settle(need, need.encode)
-    vace = _vace_tokens(models, request, loras, dump_conditioning)
+    shown = _shown(request, dump_conditioning)
+    vace = _vace_tokens(models, request, loras, shown)
+    guidance = _guidance(request, shown, models.device)
 
     models.settle(need, need.denoise)
     yield Stage(name="denoise", seconds=clock.seconds)
     n_references = request.conditioning.n_references
     shape = latents.shape(models.dit.config.out_dim, request, n_references)
     sigmas = sampler.schedule(request.sampler, request.steps, request.shift)
-    velocity = _velocity(models, request, loras, text, vace, shape, sigmas, step_cache)
+    velocity = _velocity(models, request, loras, text, vace, guidance, shape, sigmas, step_cache)
     solver = sampler.make_solver(request.sampler, sigmas)
     x, state = sampler.noise(shape, request.seed).to(models.device), solver.start()
     done, latest = 0, x
@@ -112,7 +114,7 @@ def generate(
         raise OutputError(
             "The latents are not numbers any more.", hint="Try another seed, sampler or guidance."
         )
-    del text, vace, velocity  # large, and decoding needs the memory
+    del text, shown, vace, velocity  # large, and decoding needs the memory
     models.settle(need, need.decode)
     yield Stage(name="decode", seconds=clock.seconds)
     yield from decode(models.vae, latest)
@@ -225,22 +227,38 @@ def _text_context(models: Models, request: GenerationRequest, loras: lora.Loras)
     return models.dit_with(loras).text_context(padded, lengths)
 
 
+def _shown(request: GenerationRequest, dump: Path | None) -> conditioning.Prepared:
+    """What the model is shown."""
+    shown = conditioning.prepare(
+        request.conditioning, request.width, request.height, request.frames, request.fps
+    )
+    if dump is not None:
+        conditioning.dump(shown, dump, request.fps)
+    return shown
+
+
+def _guidance(
+    request: GenerationRequest, shown: conditioning.Prepared, device: torch.device
+) -> float | Tensor:
+    """The scale, or one for each latent cell, [1, 1, F', H/8, W/8]: `guidance_kept` where something is given."""
+    if request.guidance_kept is None:
+        return request.guidance
+    free = conditioning.generated(shown).to(device)
+    return request.guidance_kept + (request.guidance - request.guidance_kept) * free
+
+
 def _vace_tokens(
-    models: Models, request: GenerationRequest, loras: lora.Loras, dump: Path | None
+    models: Models, request: GenerationRequest, loras: lora.Loras, shown: conditioning.Prepared
 ) -> Tensor | None:
     """The side input of the VACE branch; None where there is no branch, or its strength is zero."""
-    size = (request.width, request.height)
-    prepared = conditioning.prepare(request.conditioning, *size, request.frames, request.fps)
-    if dump is not None:
-        conditioning.dump(prepared, dump, request.fps)
     if not models.dit.config.vace_layers or request.conditioning.strength == 0:
         return None
 
     def encode(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-        large = max(size) > tiling.TILE_PX
+        large = max(request.width, request.height) > tiling.TILE_PX
         return tiling.encode_tiled(models.vae, chunks) if large else models.vae.encode_stream(chunks)
 
-    return models.dit_with(loras).vace_tokens(conditioning.vace_context(prepared, encode, models.device))
+    return models.dit_with(loras).vace_tokens(conditioning.vace_context(shown, encode, models.device))
 
 
 def _velocity(
@@ -249,6 +267,7 @@ def _velocity(
     loras: lora.Loras,
     text: TextContext,
     vace: Tensor | None,
+    guidance: float | Tensor,
     shape: Sequence[int],
     sigmas: Sequence[float],
     step_cache: cache.StepCache | None = None,
@@ -284,7 +303,7 @@ def _velocity(
         if zero and i < int(zero):
             return torch.zeros_like(x)
         cond, uncond = steps.velocities(x, i, (cache.COND, cache.UNCOND), run)
-        return guide(cond, uncond, request.guidance)
+        return guide(cond, uncond, guidance)
 
     return velocity
 

@@ -167,13 +167,16 @@ def noise(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance in float32: away from `uncond`, through `cond`; scale 1.0 is `cond`."""
+def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance in float32: away from `uncond`, through `cond`; scale 1.0 is `cond`.
+
+    A scale for each place is a tensor that broadcasts to theirs.
+    """
     cond, uncond = cond.to(torch.float32), uncond.to(torch.float32)
     return uncond + scale * (cond - uncond)
 
 
-def guide_zero_star(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def guide_zero_star(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """CFG-Zero* (arXiv 2503.18886): guidance from where `uncond` is nearest to `cond`, a multiple of it.
 
     The multiple is <cond, uncond> / |uncond|^2 of each sample. Tensors [B, ...], float32 out.

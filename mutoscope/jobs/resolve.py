@@ -31,7 +31,7 @@ LEAST_FPS = 1.0
 """A clip slower than that is a row of pictures."""
 FIELDS = {"size": "width", "frames": "frames", "a": "frames", "steps": "steps", "sampler": "sampler", "fps": "fps",
           "guidance": "guidance", "shift": "shift", "guidance_interval": "guidance_interval",
-          "guidance_kind": "guidance_kind", "cache": "cache"}  # fmt: skip
+          "guidance_kind": "guidance_kind", "guidance_kept": "guidance_kept", "cache": "cache"}  # fmt: skip
 """First words of `planning`'s messages, and the fields that they are about."""
 
 
@@ -109,7 +109,7 @@ def check_parts(spec: JobSpec) -> None:
                 f"{spec.format} is not for HDR: {', '.join(HDR_FORMATS)} are.",
             )
     need(spec.scale is None or spec.operation == "upscale", "scale", "is for upscale only.")
-    for part in ("loras", "guidance_interval", "guidance_kind", "cache"):
+    for part in ("loras", "guidance_interval", "guidance_kept", "guidance_kind", "cache"):
         is_usual = getattr(spec, part) == JobSpec.model_fields[part].default
         need(generates or is_usual, part, f"is for video and image; {spec.operation} needs no model.")
     if generates:

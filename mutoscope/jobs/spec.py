@@ -147,6 +147,9 @@ class JobSpec(Strict):
         max_length=2,
         description="Fractions of the steps that are guided; the others take half the time.",
     )
+    guidance_kept: float | None = Field(
+        None, ge=0, le=100, description="The guidance of what is given and kept; the model's unless said."
+    )
     guidance_kind: str = Field(
         "cfg",
         max_length=40,

@@ -57,6 +57,7 @@ def generation_request(
         quality=spec.quality,
         loras=loras,
         guidance_interval=spec.interval,
+        guidance_kept=spec.guidance_kept,
         guidance_kind=spec.guidance_kind,
         cache=spec.cache,
     )

@@ -333,7 +333,7 @@ def test_a_lora_of_the_model_by_its_name(cli: Cli, tmp_path: Path) -> None:
 
 EVERYTHING = (
     ("--image", "a.png", "--last-image", "b.png", "--keyframe", "2=a.png", "--ref", "b.png", "--ref", "a.png",
-     "--track", "0:0,0,.5,.5 1:.5,.5,1,1", "--strength", "0.5"),
+     "--track", "0:0,0,.5,.5 1:.5,.5,1,1", "--strength", "0.5", "--guidance-kept", "1.5"),
     ("--video", "c.mp4", "--control", "gray", "--guidance", "1", "--fps", "12.5", "--shift", "2.5"),
     ("--video", "c.mp4", "--box", "0,0,.5,.5", "--box", ".5,.5,1,1", "--sampler", "dpm++"),
     ("--video", "c.mp4", "--mask", "a.png", "--negative", "- it's \"bad\""),

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.guiders import ClassifierFreeZeroStarGuidance
 
-from mutoscope.engine import sampler
+from mutoscope.catalog import find_model
+from mutoscope.engine import conditioning, sampler
 from mutoscope.engine.models import Models
 from mutoscope.engine.pipeline import generate
 from mutoscope.errors import RequestError
 from mutoscope.manifest import read_manifest
 from mutoscope.planning import plan
-from mutoscope.request import GenerationRequest
+from mutoscope.request import BoxTrack, Conditioning, GenerationRequest, Keyframe
 from tests.unit.test_cache import Watched, error
 
 REQUEST = GenerationRequest(prompt="a red ball falls", seed=1, frames=5, steps=10, guidance=4.0)
@@ -83,6 +85,50 @@ def test_zero_star_in_the_pipeline(models: Models, tmp_path: Path) -> None:
         assert all(error(results[kind], results[other]) > 1e-4 for other in kinds[n + 1 :])
 
 
+def picture(value: int) -> np.ndarray:
+    return np.full((64, 64, 3), value, np.uint8)
+
+
+def test_cells_of_which_nothing_is_given() -> None:
+    """Frames 0 and 9 of 13 are in latent frames 0 and 3; a box of 16 pixels in a clip covers 2 x 2 cells."""
+    frames = conditioning.prepare(
+        Conditioning(keyframes=(Keyframe(image=picture(9)), Keyframe(image=picture(99), index=9))), 64, 64, 13
+    )
+    free = conditioning.generated(frames)
+    assert free.shape == (1, 1, 4, 8, 8)
+    assert free.mean((0, 1, 3, 4)).tolist() == [0, 1, 1, 0]
+
+    boxed = Conditioning(
+        video=np.zeros((5, 64, 64, 3), np.uint8), boxes=((0.25, 0, 0.5, 0.26),), references=(picture(1),)
+    )
+    free = conditioning.generated(conditioning.prepare(boxed, 64, 64, 5))
+    assert free.shape == (1, 1, 3, 8, 8)
+    assert free.sum((0, 1, 3, 4)).tolist() == [0, 4, 4], (
+        "the third row of cells is repainted in one pixel of eight"
+    )
+    assert (free[0, 0, 1:, :2, 2:4] == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["cfg", "zero-star=0"])
+def test_what_is_given_has_a_guidance_of_its_own(kind: str, models: Models, tmp_path: Path) -> None:
+    shown = Conditioning(keyframes=(Keyframe(image=picture(200), index=-1),))
+    request = replace(REQUEST, conditioning=shown, steps=1, sampler="euler", guidance_kind=kind)
+    three, five, mixed = (
+        Watched(models, replace(request, **options), tmp_path).latents
+        for options in ({"guidance": 3.0}, {"guidance": 5.0}, {"guidance": 5.0, "guidance_kept": 3.0})
+    )
+    assert torch.equal(mixed[:, :, 0], five[:, :, 0])
+    assert torch.equal(mixed[:, :, 1], three[:, :, 1])
+    assert error(three, five) > 0.01, "the mutant: the same guidance everywhere"
+
+
+def test_nothing_given_changes_nothing(models: Models, tmp_path: Path) -> None:
+    plain, kept = (
+        Watched(models, replace(REQUEST, guidance_kept=kept), tmp_path).latents for kept in (None, 1.0)
+    )
+    assert torch.equal(plain, kept)
+
+
 def test_plans(models: Models) -> None:
     def planned(**options: object) -> GenerationRequest:
         return plan(replace(REQUEST, **options), models.manifest)  # type: ignore[arg-type]
@@ -92,6 +138,12 @@ def test_plans(models: Models) -> None:
     assert planned(steps=1, guidance_kind="zero-star").guidance_kind == "zero-star=0"
     assert planned(guidance_interval=[0.25, 1]).guidance_interval == (0.25, 1.0)
     assert planned(cache="easy=0.050").cache == "easy=0.05"
+    shown = Conditioning(tracks=(BoxTrack(points=((0, 0, 0, 1, 1),)),))
+    assert planned(guidance_kept=2).guidance_kept is None, "nothing is given"
+    assert planned(guidance_kept=2, conditioning=shown).guidance_kept == 2
+    assert planned(conditioning=shown).guidance_kept is None, "models that say nothing guide all alike"
+    starter = find_model("pocket")
+    assert plan(replace(REQUEST, conditioning=shown), starter).guidance_kept == 1
     once = planned(guidance_kind="zero-star", cache="mag")
     assert plan(once, models.manifest) == once
 
@@ -103,6 +155,7 @@ def test_plans(models: Models) -> None:
         ("guidance_kind", "cfg=2", "expected one of"),
         ("guidance_kind", "zero-star=10", "expected 0 to 9"),
         ("guidance_kind", "zero-star=1.5", "whole number"),
+        ("guidance", -1.0, "expected 0 to 100"),
         ("guidance_interval", (0.5, 0.2), "two fractions"),
         ("guidance_interval", (0.5,), "two fractions"),
         ("guidance_interval", (float("nan"), 1.0), "two fractions"),

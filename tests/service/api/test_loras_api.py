@@ -74,6 +74,7 @@ REFUSED: tuple[tuple[dict[str, Any], str, str, str], ...] = (
     ({"cache": "mag"}, "cache", "unsupported", "none for one of width"),
     ({"guidance_interval": [0.8, 0.2]}, "guidance_interval", "invalid_request", "two fractions"),
     ({"guidance_interval": [0.2, 1.2]}, "guidance_interval.1", "invalid_request", "less than or equal to 1"),
+    ({"guidance_kept": 101}, "guidance_kept", "invalid_request", "100"),
     ({"guidance_kind": "zero-star=9", "steps": 4}, "guidance_kind", "invalid_request", "expected 0 to 3"),
     ({"sampler": "distill4", "steps": 20}, "steps", "invalid_request", "exactly 4"),
     ({"operation": "upscale", "scale": 2, "source": {"url": "https://example.com/x.mp4"}, "cache": "easy"}, "cache",
