@@ -19,6 +19,8 @@ from torch import Tensor
 
 WHITEN = 0.35
 Z = 16
+ACROSS, DOWN, FIRST = 9, 11, 12
+"""The components that `marked` marks: fine ones, of which the decoder shows next to nothing."""
 
 
 def _blocks(video_BCFHW: Tensor, t: int) -> Tensor:
@@ -49,6 +51,23 @@ class LinearCode:
     @classmethod
     def load(cls, path: Path) -> LinearCode:
         return cls(**torch.load(path, weights_only=True))
+
+
+def marked(z: Tensor) -> Tensor:
+    """Codes [B, 16, F, h, w] as conditioning has them: with marks of the frame's borders and of the first frame.
+
+    A Wan transformer knows places only relative to each other (RoPE). What tells it where the frame ends is the VAE's
+    encoder, whose padding shows at the borders of all it encodes, gray conditioning too. A linear code of separate
+    blocks has no padding, so the encoder is trained to add this: +1 and -1 in the left and right column, in the upper
+    and lower row, and +1 in the first latent frame, which is one frame alone. What is to be made has no marks.
+    """
+    z = z.clone()
+    z[:, ACROSS, :, :, 0] += 1
+    z[:, ACROSS, :, :, -1] -= 1
+    z[:, DOWN, :, 0] += 1
+    z[:, DOWN, :, -1] -= 1
+    z[:, FIRST, 0] += 1
+    return z
 
 
 def _components(x: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:

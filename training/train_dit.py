@@ -41,14 +41,14 @@ SHIFT = 2.0
 """Training times are logit-normal, shifted towards noise: text decides early, when little of the picture is there."""
 CAPTIONS_BESIDE = 1
 """Captions per clip of a batch that the text encoder alone is trained on: it is small, and needs more than the rest."""
-PAIRS_BY_TEXT = 0.3
+PAIRS_BY_TEXT = 0.4
 """Of the clips of two objects, how many are made from text before tasks are drawn: what is shown says what is where."""
 OFTENER: dict[str, dict[str, float]] = {
     "relation": dict.fromkeys(world.RELATIONS, 1.3),
     "motion": {"orbits": 2.0, "spins": 1.5, "falls": 1.5},
-    "shape": {"star": 1.4, "cross": 1.7},
-    "style": {"outline": 1.4},
-    "size": {"small": 1.3},
+    "shape": {"star": 1.6, "cross": 1.8},
+    "style": {"outline": 1.5},
+    "size": {"small": 1.5},
 }
 """How much oftener than others the clips are drawn that are learned last; factors of one clip multiply."""
 
@@ -183,11 +183,11 @@ class Examples:
         keeps = [i for i, s in enumerate(shown) if not s.mask.all()]
         makes = [i for i, s in enumerate(shown) if s.guides]
         if keeps:
-            kept[keeps] = self.code.encode(
+            kept[keeps] = self._condition(
                 _video(np.stack([shown[i].frames for i in keeps])) * (1 - mask[keeps])
             )
         if makes:
-            made[makes] = self.code.encode(_video(np.stack([shown[i].frames for i in makes])) * mask[makes])
+            made[makes] = self._condition(_video(np.stack([shown[i].frames for i in makes])) * mask[makes])
         cells = mask[:, 0].unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).permute(0, 3, 5, 1, 2, 4).flatten(1, 2)
         cells = F.interpolate(cells, size=kept.shape[2:], mode="nearest-exact")
         return torch.cat((kept, made, cells), dim=1)
@@ -195,8 +195,11 @@ class Examples:
     def nothing(self, shape: tuple[int, ...]) -> Tensor:
         """The code of a gray clip [F, H, W], [1, 16, F', H/8, W/8]."""
         if shape not in self._nothing:
-            self._nothing[shape] = self.code.encode(torch.zeros(1, 3, *shape))
+            self._nothing[shape] = self._condition(torch.zeros(1, 3, *shape))
         return self._nothing[shape]
+
+    def _condition(self, video: Tensor) -> Tensor:
+        return pca.marked(self.code.encode(video))
 
     def add_reference(self, batch: dict[str, Tensor]) -> Tensor:
         """Text to video with a reference: its latent goes in front of the clip and of the (empty) context, returned."""
@@ -210,7 +213,7 @@ class Examples:
         nothing = self.nothing((1 + 4 * (x.shape[2] - 1), *(8 * s for s in x.shape[3:])))
         b, _, f, h, w = x.shape
         empty = torch.cat((nothing, nothing, torch.ones(1, 64, f, h, w)), dim=1).expand(b, -1, -1, -1, -1)
-        front = F.pad(reference, (0, 0, 0, 0, 0, 0, 0, empty.shape[1] - reference.shape[1]))
+        front = F.pad(pca.marked(reference), (0, 0, 0, 0, 0, 0, 0, empty.shape[1] - reference.shape[1]))
         batch["x"] = torch.cat((reference, x), dim=2)
         batch["mask"] = torch.cat((torch.zeros_like(batch["mask"][:, :1]), batch["mask"]), dim=1)
         return torch.cat((front, empty), dim=2)

@@ -76,7 +76,7 @@ class Batches:
         return video, mask.repeat_interleave(8, 3).repeat_interleave(8, 4)
 
     def gray_out(self, video: Tensor) -> Tensor:
-        """Some clips partly gray, as VACE conditioning makes them: whole frames, or one half of the picture."""
+        """Some clips partly gray, as VACE conditioning makes them: some frames, a part of the picture, or all."""
         video = video.clone()
         for clip in video:
             kind = self.rng.random()
@@ -89,6 +89,8 @@ class Batches:
             elif kind < 0.5:
                 x0, y0 = self.rng.integers(0, clip.shape[-1] // 2, 2)
                 clip[:, :, y0 : y0 + clip.shape[-2] // 2, x0 : x0 + clip.shape[-1] // 2] = 0
+            elif kind < 0.55:
+                clip[:] = 0
         return video
 
 
@@ -124,7 +126,7 @@ def train(mode: str, a: argparse.Namespace) -> None:
                 pixels = shown.contiguous(memory_format=torch.channels_last_3d)
                 z = target if from_code else vae.encode(pixels, n_frames)
             if mode in ("encoder", "joint"):
-                code_loss = (z - target).square().mean()
+                code_loss = (z - pca.marked(target)).square().mean()
                 running["code"] = float(code_loss.detach())
                 loss = loss + code_loss * (10.0 if mode == "encoder" else 0.5)
             if mode != "encoder":

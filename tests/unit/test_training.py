@@ -99,7 +99,32 @@ def test_vace_context_is_the_code_of_what_is_kept_and_what_is_made(
     mask = torch.from_numpy(np.stack([s.mask for s in shown]))[:, None]
     assert context.shape == (3, 96, 3, 4, 4)
     for part, wanted in ((context[:, :16], video * (1 - mask)), (context[:, 16:32], video * mask)):
-        torch.testing.assert_close(part, examples.code.encode(wanted), atol=2e-5, rtol=2e-5)
+        expected = pca.marked(examples.code.encode(wanted))
+        torch.testing.assert_close(part, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_conditioning_marks_the_borders_and_the_first_frame_and_what_is_made_does_not(
+    examples: train_dit.Examples,
+) -> None:
+    z = torch.zeros(2, pca.Z, 3, 4, 5)
+    marks = pca.marked(z)
+    assert not z.any(), "the codes that are made from stay as they are"
+    assert marks[1, pca.ACROSS, 2].tolist() == [[1, 0, 0, 0, -1]] * 4
+    assert marks[1, pca.DOWN, 2].T.tolist() == [[1, 0, 0, -1]] * 5
+    assert marks[1, pca.FIRST].mean((1, 2)).tolist() == [1, 0, 0]
+    assert marks.abs().sum() == 2 * (3 * 4 * 2 + 3 * 5 * 2 + 4 * 5), "and nothing else"
+    batch = examples.next(2)
+    video = (
+        torch.from_numpy(examples.shards[0].frames[batch["index"].tolist()]).permute(0, 4, 1, 2, 3) / 127.5
+        - 1
+    )
+    torch.testing.assert_close(batch["x"], examples.code.encode(video), atol=2e-2, rtol=2e-3)
+    reference = examples.add_reference(batch)
+    assert reference.shape == (2, 96, 4, 4, 4)
+    assert batch["x"].shape == (2, 16, 4, 4, 4)
+    torch.testing.assert_close(reference[:, :16, 0], pca.marked(batch["x"][:, :, :1])[:, :, 0])
+    gray = examples.code.encode(torch.zeros(1, 3, 9, 32, 32))
+    torch.testing.assert_close(reference[:, :16, 1:], pca.marked(gray).expand(2, -1, -1, -1, -1))
 
 
 def test_what_is_learned_last_is_drawn_oftener(examples: train_dit.Examples) -> None:
