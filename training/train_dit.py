@@ -45,7 +45,7 @@ PAIRS_BY_TEXT = 0.4
 """Of the clips of two objects, how many are made from text before tasks are drawn: what is shown says what is where."""
 OFTENER: dict[str, dict[str, float]] = {
     "relation": dict.fromkeys(world.RELATIONS, 1.3),
-    "motion": {"orbits": 2.0, "spins": 1.5, "falls": 1.5},
+    "motion": {"orbits": 2.5, "spins": 2.0, "falls": 1.5},
     "shape": {"star": 1.6, "cross": 1.8},
     "style": {"outline": 1.5},
     "size": {"small": 1.5},
@@ -361,7 +361,7 @@ def train(stage: str, a: argparse.Namespace) -> None:
             n = max(1, a.batch * examples.latents[0].numel() // source.latents[0].numel())  # as much work
         elif stage == "vace" and step % 6 == 4:
             refer = examples.has_task_inputs
-        batch = source.next(n, unnamed=0.6 if refer else 0.0, more_captions=CAPTIONS_BESIDE * a.batch)
+        batch = source.next(n, unnamed=0.85 if refer else 0.0, more_captions=CAPTIONS_BESIDE * a.batch)
         context = None
         if stage == "vace" and source is not pictures:
             context = source.add_reference(batch) if refer else source.vace_context(batch)
