@@ -36,18 +36,19 @@ class Part:
 
 
 PLAN = (
+    Part("reader", "training.reader", (), 0.015, other_forms=False),
     Part("vae", "training.train_vae", ("decoder",), 0.20),
     Part("vae", "training.train_vae", ("encoder",), 0.06),
     Part("dit", "training.train_text", ("captions", "--compile"), 0.03, other_forms=False),
     Part("dit", "training.train_dit", ("images", "--compile", "--decay", "0.2"), 0.12, other_forms=False),
     Part("dit", "training.train_dit", ("clips", "--compile", "--pictures", "--decay", "0.15"), 0.22),
-    Part("dit", "training.train_dit", ("vace", "--compile", "--pictures", "--decay", "0.45", "--ema", "0.995"), 0.37),
+    Part("dit", "training.train_dit", ("vace", "--compile", "--pictures", "--decay", "0.45", "--ema", "0.995"), 0.355),
 )  # fmt: skip
 
 
 SKIPPABLE = (
     "data",
-    *dict.fromkeys(name for part in PLAN for name in (part.name, part.arguments[0])),
+    *dict.fromkeys(name for part in PLAN for name in (part.name, *part.arguments[:1])),
     "export",
     "evaluate",
 )
@@ -96,7 +97,7 @@ def main() -> None:
         frames = [shard.frames[:400] for shard in data.shards(root, "clips", most=2)]
         pca.fit(np.concatenate(frames)).save(a.runs / "code.pt")
     for part in PLAN:
-        if part.name in a.skip or part.arguments[0] in a.skip:
+        if not {part.name, *part.arguments[:1]}.isdisjoint(a.skip):
             continue
         options = {
             "--data": root, "--out": a.runs / f"{part.name}.pt", "--minutes": f"{part.share * a.minutes:.2f}",

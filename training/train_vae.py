@@ -5,7 +5,8 @@
     python -m training.train_vae joint --minutes 60       both, the latents kept near the code
     python -m training.train_vae finish --minutes 30      decoder only, from the encoder's and from the code's latents
 
-Continues from `runs/vae.pt` if it is there; the file is rewritten every minute.
+Continues from `runs/vae.pt` if it is there; the file is rewritten every minute. Where there is a `runs/reader.pt`
+(`reader.py`), decoded frames have to look right to it too.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ import torch
 from torch import Tensor
 
 from mutoscope.engine.vae import VAEConfig, WanVAE
-from training import data, optim, pca
+from training import data, optim, pca, reader
 
 CONFIG = VAEConfig(16, pca.Z, (16, 32, 64, 64), 1, (False, True, True), (0.0,) * pca.Z, (1.0,) * pca.Z)
 KERNEL_TIMES = (1, 1, 3, 3)
 """No temporal taps at the two large resolutions: half the time, no visible loss on this world."""
+READER = 0.1
+"""Weight of how differently the reader reads."""
+FROM_CODE = 0.75
+"""`finish`: how often the latents are the code's, without the encoder's marks and errors, as generated ones are."""
 
 
 def build() -> WanVAE:
@@ -67,7 +72,7 @@ class Batches:
         self.drawn += 1
         for _ in range(n):
             shard = shards[self.rng.integers(len(shards))]
-            i = self.rng.integers(len(shard.frames))
+            i = self.rng.choice(len(shard.frames), p=reader.shares(shard.classes))
             start = self.rng.integers(shard.frames.shape[1] - self.n_frames + 1)
             clips.append(shard.frames[i, start : start + self.n_frames])
             masks.append(shard.masks[i, start : start + self.n_frames])
@@ -111,6 +116,8 @@ def train(mode: str, a: argparse.Namespace) -> None:
     ]
     rates = optim.Rates(optimisers)
     ema = optim.EMA(vae, 0.995)
+    reads = out.parent / "reader.pt"
+    looks = reader.load(reads) if reads.exists() and mode != "encoder" else None
     batches = Batches(a.data, n_frames, a.seed + int(time.time()), a.also)
     start = last = time.time()
     step, running = 0, {}
@@ -120,7 +127,7 @@ def train(mode: str, a: argparse.Namespace) -> None:
         shown = video if mode in ("decoder", "finish") else batches.gray_out(video)
         target = code.encode(shown)
         loss = torch.zeros(())
-        from_code = mode == "decoder" or (mode == "finish" and batches.rng.random() < 0.4)
+        from_code = mode == "decoder" or (mode == "finish" and batches.rng.random() < FROM_CODE)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.set_grad_enabled(mode != "finish"):
                 pixels = shown.contiguous(memory_format=torch.channels_last_3d)
@@ -133,6 +140,8 @@ def train(mode: str, a: argparse.Namespace) -> None:
                 z = z + torch.randn_like(z) * 0.03
                 picture = torch.cat(list(_raw(vae, z.contiguous(memory_format=torch.channels_last_3d))), 2)
                 loss = loss + loss_of(picture, shown, mask)
+                if looks is not None:
+                    loss = loss + READER * looks.difference(picture, shown, mask)
                 running["psnr"] = 0.95 * running.get("psnr", 15.0) + 0.05 * psnr(picture.detach(), shown)
         for o in optimisers:
             o.zero_grad(set_to_none=True)

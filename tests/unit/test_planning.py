@@ -62,7 +62,8 @@ def test_what_is_open_comes_from_the_model() -> None:
     assert (r.steps, r.guidance, r.shift, r.sampler) == (20, 3.0, 2.0, "unipc")
     assert r.negative_prompt == "blurred"
     assert r.seed is not None
-    assert all(getattr(r, name) is not None for name in vars(r))
+    assert r.guidance_kept is None, "nothing is given that could be kept"
+    assert all(getattr(r, name) is not None for name in vars(r) if name != "guidance_kept")
 
 
 def test_what_was_asked_stays() -> None:

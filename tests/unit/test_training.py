@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from training import captions, data, optim, pca, tasks, train_dit, train_text
+from training import captions, data, optim, pca, reader, tasks, train_dit, train_text
 
 PROCESSES = 2
 
@@ -125,6 +125,39 @@ def test_conditioning_marks_the_borders_and_the_first_frame_and_what_is_made_doe
     torch.testing.assert_close(reference[:, :16, 0], pca.marked(batch["x"][:, :, :1])[:, :, 0])
     gray = examples.code.encode(torch.zeros(1, 3, 9, 32, 32))
     torch.testing.assert_close(reference[:, :16, 1:], pca.marked(gray).expand(2, -1, -1, -1, -1))
+
+
+def test_a_reader_learns_to_tell_shapes_and_sees_what_a_decoder_blurs(tmp_path: Path) -> None:
+    data.make_shard(tmp_path / "data" / "clips" / "0000", 1, level="first", n=48, frames=5, size=(32, 32))
+    told = argparse.Namespace(
+        data=tmp_path / "data", out=tmp_path / "reader.pt", minutes=5, steps=150, batch=48, lr=0.004, seed=0
+    )
+    assert reader.train(told) > 0.6, "of six shapes"
+    looks = reader.load(told.out)
+    shard = data.shards(tmp_path / "data", "clips")[0]
+    true = torch.from_numpy(np.array(shard.frames[:4])).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    mask = torch.ones(4, 1, 5, 32, 32)
+    assert looks.difference(true, true, mask) == 0
+    blurred = nn.functional.avg_pool3d(
+        true, (1, 5, 5), 1, (0, 2, 2), count_include_pad=False
+    ).requires_grad_()
+    difference = looks.difference(blurred, true, mask)
+    assert difference > 1.5 * looks.difference((blurred.detach() + true) / 2, true, mask) > 0
+    difference.backward()
+    assert blurred.grad is not None
+    sharper = blurred.detach() - 0.1 * blurred.grad / blurred.grad.abs().max()
+    assert looks.difference(sharper, true, mask) < difference, "a decoder can follow it"
+
+
+def test_what_is_hard_to_see_is_drawn_oftener_for_the_decoder(examples: train_dit.Examples) -> None:
+    classes = examples.shards[0].classes
+    share = reader.shares(classes)
+    assert share.sum() == pytest.approx(1)
+    factor = np.ones(len(classes))
+    for name, values in reader.HARDER.items():
+        for value, more in values.items():
+            factor[classes[:, captions.column(name)] == captions.class_of(name, value)] *= more
+    assert share / share.min() == pytest.approx(factor / factor.min())
 
 
 def test_what_is_learned_last_is_drawn_oftener(examples: train_dit.Examples) -> None:
