@@ -166,6 +166,15 @@ def class_of(name: str, value: str) -> int:
     return _COLUMNS[name].index(value)
 
 
+def shares(classes: np.ndarray, oftener: dict[str, dict[str, float]]) -> np.ndarray:
+    """How often rows of classes [N, attributes] are drawn, [N], in sum 1: factors by attribute and value multiply."""
+    share = np.ones(len(classes))
+    for name, factors in oftener.items():
+        for value, factor in factors.items():
+            share[classes[:, column(name)] == class_of(name, value)] *= factor
+    return share / share.sum()
+
+
 def attributes(scene: Scene) -> dict[str, int]:
     """Class number of each attribute, below `ATTRIBUTE_SIZES`, of the first object.
 

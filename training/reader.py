@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training import captions, data, world
+from training import captions, data, optim, world
 
 WIDTHS = (3, 24, 32, 48, 64)
 STRIDES = (1, 2, 1, 2)
@@ -69,15 +68,6 @@ class Reader(nn.Module):
         return total
 
 
-def shares(classes: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Of rows of classes: how often each is drawn, in sum 1."""
-    share = np.ones(len(classes))
-    for name, factors in HARDER.items():
-        for value, factor in factors.items():
-            share[classes[:, captions.column(name)] == captions.class_of(name, value)] *= factor
-    return share / share.sum()
-
-
 def load(path: Path) -> Reader:
     """A trained one, which does not change any more."""
     reader = Reader().requires_grad_(False)
@@ -91,14 +81,14 @@ def train(a: argparse.Namespace) -> float:
     rng = np.random.default_rng(a.seed)
     shards = data.shards(a.data, "clips", most=12)
     single = [np.flatnonzero(s.classes[:, captions.column("relation")] == captions.NO_CLASS) for s in shards]
-    share = [shares(s.classes[rows]) for s, rows in zip(shards, single, strict=True)]
+    share = [captions.shares(s.classes[rows], HARDER) for s, rows in zip(shards, single, strict=True)]
     reader = Reader()
     optimiser = torch.optim.AdamW(reader.parameters(), lr=a.lr)
+    rates = optim.Rates([optimiser])
     start = last = time.time()
     step, right = 0, 0.0
     while (progress := max((time.time() - start) / (60 * a.minutes), step / a.steps)) < 1:
-        for group in optimiser.param_groups:
-            group["lr"] = a.lr * min(1.0, 2 * (1 - progress))
+        rates.at(progress, decay=0.5)
         k = int(rng.integers(len(shards)))
         rows = rng.choice(single[k], a.batch, p=share[k])
         moments = rng.integers(shards[k].frames.shape[1], size=a.batch)

@@ -34,6 +34,11 @@ class Part:
     share: float
     other_forms: bool = True
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What --skip knows it by: its group, and its stage if there are several."""
+        return self.name, *self.arguments[:1]
+
 
 PLAN = (
     Part("reader", "training.reader", (), 0.015, other_forms=False),
@@ -48,7 +53,7 @@ PLAN = (
 
 SKIPPABLE = (
     "data",
-    *dict.fromkeys(name for part in PLAN for name in (part.name, *part.arguments[:1])),
+    *dict.fromkeys(name for part in PLAN for name in part.names),
     "export",
     "evaluate",
 )
@@ -97,7 +102,7 @@ def main() -> None:
         frames = [shard.frames[:400] for shard in data.shards(root, "clips", most=2)]
         pca.fit(np.concatenate(frames)).save(a.runs / "code.pt")
     for part in PLAN:
-        if not {part.name, *part.arguments[:1]}.isdisjoint(a.skip):
+        if any(name in a.skip for name in part.names):
             continue
         options = {
             "--data": root, "--out": a.runs / f"{part.name}.pt", "--minutes": f"{part.share * a.minutes:.2f}",

@@ -132,7 +132,7 @@ class Examples:
         self.classes = torch.from_numpy(np.concatenate(classes))
         relation = captions.column("relation")
         self.of_pairs = (self.classes[:, relation] != captions.NO_CLASS).numpy()
-        self.share_up_to = np.cumsum(_oftener(self.classes.numpy()))
+        self.share_up_to = np.cumsum(captions.shares(self.classes.numpy(), OFTENER))
         self.lengths = torch.tensor([[len(i) for i in row] for row in ids])
         self.ids = torch.zeros(*self.lengths.shape, int(self.lengths.max()), dtype=torch.long)
         for n, row in enumerate(ids):
@@ -217,17 +217,6 @@ class Examples:
         batch["x"] = torch.cat((reference, x), dim=2)
         batch["mask"] = torch.cat((torch.zeros_like(batch["mask"][:, :1]), batch["mask"]), dim=1)
         return torch.cat((front, empty), dim=2)
-
-
-def _oftener(classes: np.ndarray) -> np.ndarray:
-    """The share of each clip, [N], by `OFTENER`; classes [N, attributes]."""
-    share = np.ones(len(classes))
-    for (name, size), column in zip(captions.ATTRIBUTE_SIZES.items(), classes.T, strict=True):
-        factors = np.ones(size + 1)  # the last is of those without the attribute
-        for value, factor in OFTENER.get(name, {}).items():
-            factors[captions.class_of(name, value)] = factor
-        share *= factors[np.where(column == captions.NO_CLASS, size, column)]
-    return share
 
 
 def _video(frames: np.ndarray) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mutoscope.engine.vae import VAEConfig, WanVAE
-from training import data, optim, pca, reader
+from training import captions, data, optim, pca, reader
 
 CONFIG = VAEConfig(16, pca.Z, (16, 32, 64, 64), 1, (False, True, True), (0.0,) * pca.Z, (1.0,) * pca.Z)
 KERNEL_TIMES = (1, 1, 3, 3)
@@ -61,6 +61,11 @@ class Batches:
     def __init__(self, root: Path, n_frames: int, seed: int, also: Sequence[Path] = ()) -> None:
         self.shards = data.shards(root, "clips", most=8)
         self.others = [data.shards(other, "clips", most=1) for other in also]
+        self.share = {
+            id(shard): captions.shares(shard.classes, reader.HARDER)
+            for group in (self.shards, *self.others)
+            for shard in group
+        }
         self.n_frames = n_frames
         self.rng = np.random.default_rng(seed)
         self.drawn = 0
@@ -72,7 +77,7 @@ class Batches:
         self.drawn += 1
         for _ in range(n):
             shard = shards[self.rng.integers(len(shards))]
-            i = self.rng.choice(len(shard.frames), p=reader.shares(shard.classes))
+            i = self.rng.choice(len(shard.frames), p=self.share[id(shard)])
             start = self.rng.integers(shard.frames.shape[1] - self.n_frames + 1)
             clips.append(shard.frames[i, start : start + self.n_frames])
             masks.append(shard.masks[i, start : start + self.n_frames])

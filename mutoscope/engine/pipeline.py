@@ -79,9 +79,7 @@ def generate(
     yield Stage(name="conditioning", seconds=clock.seconds)
     if models.stream is not None:
         models.settle(need, need.encode)
-    shown = _shown(request, dump_conditioning)
-    vace = _vace_tokens(models, request, loras, shown)
-    guidance = _guidance(request, shown, models.device)
+    vace, guidance = _followed(models, request, loras, dump_conditioning)
 
     models.settle(need, need.denoise)
     yield Stage(name="denoise", seconds=clock.seconds)
@@ -114,7 +112,7 @@ def generate(
         raise OutputError(
             "The latents are not numbers any more.", hint="Try another seed, sampler or guidance."
         )
-    del text, shown, vace, velocity  # large, and decoding needs the memory
+    del text, vace, velocity  # large, and decoding needs the memory
     models.settle(need, need.decode)
     yield Stage(name="decode", seconds=clock.seconds)
     yield from decode(models.vae, latest)
@@ -227,24 +225,22 @@ def _text_context(models: Models, request: GenerationRequest, loras: lora.Loras)
     return models.dit_with(loras).text_context(padded, lengths)
 
 
-def _shown(request: GenerationRequest, dump: Path | None) -> conditioning.Prepared:
-    """What the model is shown."""
+def _followed(
+    models: Models, request: GenerationRequest, loras: lora.Loras, dump: Path | None
+) -> tuple[Tensor | None, float | Tensor]:
+    """The side input of the VACE branch, and the guidance scale.
+
+    With `guidance_kept` there is a scale for each latent cell, [1, 1, F', H/8, W/8]: that one where something is given.
+    """
     shown = conditioning.prepare(
         request.conditioning, request.width, request.height, request.frames, request.fps
     )
     if dump is not None:
         conditioning.dump(shown, dump, request.fps)
-    return shown
-
-
-def _guidance(
-    request: GenerationRequest, shown: conditioning.Prepared, device: torch.device
-) -> float | Tensor:
-    """The scale, or one for each latent cell, [1, 1, F', H/8, W/8]: `guidance_kept` where something is given."""
-    if request.guidance_kept is None:
-        return request.guidance
-    free = conditioning.generated(shown).to(device)
-    return request.guidance_kept + (request.guidance - request.guidance_kept) * free
+    vace, scale, kept = _vace_tokens(models, request, loras, shown), request.guidance, request.guidance_kept
+    if vace is None or kept is None:
+        return vace, scale
+    return vace, kept + (scale - kept) * conditioning.generated(shown).to(models.device)
 
 
 def _vace_tokens(

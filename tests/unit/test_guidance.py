@@ -122,6 +122,15 @@ def test_what_is_given_has_a_guidance_of_its_own(kind: str, models: Models, tmp_
     assert error(three, five) > 0.01, "the mutant: the same guidance everywhere"
 
 
+def test_hints_of_no_strength_have_no_guidance_of_their_own(models: Models, tmp_path: Path) -> None:
+    shown = Conditioning(keyframes=(Keyframe(image=picture(200)),), strength=0.0)
+    request = replace(REQUEST, conditioning=shown)
+    plain, kept = (
+        Watched(models, replace(request, guidance_kept=kept), tmp_path).latents for kept in (None, 1.0)
+    )
+    assert torch.equal(plain, kept)
+
+
 def test_nothing_given_changes_nothing(models: Models, tmp_path: Path) -> None:
     plain, kept = (
         Watched(models, replace(REQUEST, guidance_kept=kept), tmp_path).latents for kept in (None, 1.0)

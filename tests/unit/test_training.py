@@ -151,7 +151,7 @@ def test_a_reader_learns_to_tell_shapes_and_sees_what_a_decoder_blurs(tmp_path: 
 
 def test_what_is_hard_to_see_is_drawn_oftener_for_the_decoder(examples: train_dit.Examples) -> None:
     classes = examples.shards[0].classes
-    share = reader.shares(classes)
+    share = captions.shares(classes, reader.HARDER)
     assert share.sum() == pytest.approx(1)
     factor = np.ones(len(classes))
     for name, values in reader.HARDER.items():
