@@ -190,9 +190,10 @@ def _interval(interval: tuple[float, float]) -> tuple[float, float]:
 def _guidance_kept(request: GenerationRequest, defaults: Defaults) -> float | None:
     """None where nothing is given, or what is given is guided like the rest."""
     value = defaults.guidance_kept if request.guidance_kept is None else request.guidance_kept
-    if value is None or request.conditioning.is_empty:
+    if value is None:
         return None
-    return _number("guidance_kept", value, 0.0, 0.0, 100.0)
+    value = _number("guidance_kept", value, 0.0, 0.0, 100.0)
+    return None if request.conditioning.is_empty else value
 
 
 def _guidance_kind(text: str, steps: int) -> str:

@@ -165,6 +165,7 @@ def test_plans(models: Models) -> None:
         ("guidance_kind", "zero-star=10", "expected 0 to 9"),
         ("guidance_kind", "zero-star=1.5", "whole number"),
         ("guidance", -1.0, "expected 0 to 100"),
+        ("guidance_kept", 101.0, "guidance_kept = 101.0, expected 0 to 100"),
         ("guidance_interval", (0.5, 0.2), "two fractions"),
         ("guidance_interval", (0.5,), "two fractions"),
         ("guidance_interval", (float("nan"), 1.0), "two fractions"),
