@@ -13,10 +13,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from mutoscope.jobs.batches import RUNNING
 from mutoscope.jobs.database import Tx
 from mutoscope.jobs.errors import Forbidden, InvalidRequest, LimitExceeded, NotFound
 from mutoscope.jobs.model import Account, State
-from mutoscope.jobs.schema import accounts, jobs, ledger
+from mutoscope.jobs.schema import accounts, batches, jobs, ledger
 from mutoscope.jobs.spec import JobSpec
 
 DAY_S = 24 * 3600.0
@@ -181,9 +182,12 @@ def spent_since(tx: Tx, account_id: str, since: float) -> int:
 
 
 def jobs_today(tx: Tx, account_id: str) -> int:
-    """Jobs created in the last 24 hours."""
+    """Jobs created in the last 24 hours, and those that started batches are still to make."""
     recent = (jobs.c.account_id == account_id, jobs.c.created_at > tx.now - DAY_S)
-    return int(tx.scalar(sa.select(sa.func.count()).select_from(jobs).where(*recent)) or 0)
+    made = tx.scalar(sa.select(sa.func.count()).select_from(jobs).where(*recent))
+    started = (batches.c.account_id == account_id, batches.c.state == RUNNING)
+    to_come = tx.scalar(sa.select(sa.func.sum(batches.c.total - batches.c.made)).where(*started))
+    return int(made or 0) + int(to_come or 0)
 
 
 def _check_day(tx: Tx, account_id: str, limit: int, asked: int) -> None:
@@ -194,7 +198,8 @@ def _check_day(tx: Tx, account_id: str, limit: int, asked: int) -> None:
         return
     recent = sa.select(jobs.c.created_at).where(jobs.c.account_id == account_id)
     recent = recent.where(jobs.c.created_at > tx.now - DAY_S).order_by(jobs.c.created_at)
-    retry = tx.scalar(recent.offset(made + asked - limit - 1).limit(1)) + DAY_S - tx.now
+    oldest = tx.scalar(recent.offset(made + asked - limit - 1).limit(1))
+    retry = (tx.now if oldest is None else oldest) + DAY_S - tx.now  # None: one that is still to be made
     raise LimitExceeded(
         f"{made} jobs in the last 24 hours and {asked} asked; the plan allows {limit}.",
         retry_after_s=max(1.0, retry),

@@ -291,6 +291,21 @@ def test_what_a_dead_process_left_is_made_by_housekeeping(
     _is_sound(house, 0)
 
 
+def test_jobs_to_come_count_for_the_day(either_house: House, pieces: None) -> None:
+    house = either_house
+    with house.db.write() as tx:
+        accounts.change(tx, "default", limits={"daily_jobs": 6})
+    batch_id = _accepted(house, 5)  # 2 of them are made
+    assert house.get("/credits")["jobs_today"] == 5
+    house.post("/jobs", *items(1))
+    error = house.refused("POST", "/jobs", *items(1), status=429)
+    assert "6 jobs in the last 24 hours and 1 asked" in error["message"]
+    error = house.refused("POST", "/batches", {"items": items(5)}, status=429)
+    assert "in 1440 minutes" in error["hint"], "the fifth oldest is still to be made"
+    house.post(f"/batches/{batch_id}/cancel", expect=200)
+    assert house.get("/credits")["jobs_today"] == 3
+
+
 def test_a_cancel_between_two_pieces(either_house: House, pieces: None) -> None:
     house = either_house
     batch_id = _accepted(house, 5)
