@@ -24,8 +24,9 @@ WIDTHS = (3, 24, 32, 48, 64)
 STRIDES = (1, 2, 1, 2)
 HARDER = {
     "shape": {"star": 1.7, "cross": 1.7},
-    "size": {"small": 2.5},
-    "style": {"outline": 1.5},
+    "size": {"small": 2.0},
+    "style": {"outline": 2.2},
+    "motion": {"orbits": 2.0, "bounces": 1.5, "falls": 1.5, "spins": 1.5},
 }
 """How much oftener than others the clips are drawn whose object is hard to see; factors of one clip multiply."""
 

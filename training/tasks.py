@@ -19,7 +19,7 @@ from mutoscope.engine.conditioning import BOX_LINE_PX, GRAY
 from mutoscope.media.frames import to_gray
 
 SHARES = {
-    "text": 0.42, "first": 0.08, "last": 0.03, "both": 0.25, "some": 0.05, "start": 0.05, "end": 0.03,
+    "text": 0.42, "first": 0.05, "last": 0.04, "both": 0.40, "some": 0.05, "start": 0.05, "end": 0.03,
     "box": 0.08, "moving": 0.03, "outside": 0.03, "track": 0.09, "gray": 0.025, "outline": 0.015,
 }  # fmt: skip
 """How often each task is trained in a batch without references, relative to each other."""

@@ -37,18 +37,19 @@ DIT = WanConfig(
     text_length=0, vace_layers=(0, 3), vace_in_dim=96,
 )  # fmt: skip
 VOCABULARY_SIZE = 512
-SHIFT = 2.0
-"""Training times are logit-normal, shifted towards noise: text decides early, when little of the picture is there."""
+SHIFT, SHIFT_SHOWN = 2.0, 4.0
+"""Training times are logit-normal, shifted towards noise: text decides early, when little of the picture is there.
+Frames that are shown say nearly all of it, which is learned when the noise says nothing."""
 CAPTIONS_BESIDE = 1
 """Captions per clip of a batch that the text encoder alone is trained on: it is small, and needs more than the rest."""
 PAIRS_BY_TEXT = 0.4
 """Of the clips of two objects, how many are made from text before tasks are drawn: what is shown says what is where."""
 OFTENER: dict[str, dict[str, float]] = {
-    "relation": dict.fromkeys(world.RELATIONS, 1.3),
-    "motion": {"orbits": 2.5, "spins": 2.0, "falls": 1.5},
-    "shape": {"star": 1.6, "cross": 1.8},
-    "style": {"outline": 1.5},
-    "size": {"small": 1.5},
+    "motion": {"orbits": 2.5, "spins": 2.0, "falls": 1.5, "bounces": 1.5},
+    "camera": dict.fromkeys((c for c in world.CAMERAS if c != "static"), 1.8),
+    "shape": {"star": 1.8, "cross": 2.0},
+    "style": {"outline": 1.6},
+    "size": {"small": 1.4},
 }
 """How much oftener than others the clips are drawn that are learned last; factors of one clip multiply."""
 
@@ -175,6 +176,7 @@ class Examples:
                 shown.append(tasks.task("text", self.rng, shard.frames[row], boxes))
             else:
                 shown.append(tasks.random_task(self.rng, shard.frames[row], boxes))
+        batch["shown"] = torch.tensor([s.guides or not s.mask.all() for s in shown])
         n, shape = len(shown), shown[0].frames.shape
         mask = torch.from_numpy(np.stack([s.mask for s in shown]))[:, None]
         kept = self.nothing(shape[:3]).repeat(n, 1, 1, 1, 1)
@@ -235,10 +237,12 @@ def _token_mask(cells: Tensor) -> Tensor:
 def loss_of(
     model: Starter, batch: dict[str, Tensor], context: Tensor | None, rope: Tensor, aux: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Flow matching; cells of objects count more once the noise is low enough to know where they are."""
+    """Flow matching; cells of objects count more where they are known: by low noise, or by what is shown."""
     x0, n = batch["x"], len(batch["x"])
+    shown = batch.get("shown", torch.zeros(n, dtype=torch.bool, device=x0.device))
     t = torch.sigmoid(torch.randn(n, device=x0.device))
-    t = SHIFT * t / (1 + (SHIFT - 1) * t)
+    shift = torch.where(shown, SHIFT_SHOWN, SHIFT)
+    t = shift * t / (1 + (shift - 1) * t)
     noise = torch.randn_like(x0)
     t5 = t.view(-1, 1, 1, 1, 1)
     rows = model.text(batch["ids"], batch["lengths"])
@@ -246,7 +250,7 @@ def loss_of(
     tokens = None if context is None else model.dit.vace_tokens(context)
     v = model.dit((1 - t5) * x0 + t5 * noise, model.dit.time_modulation(1000 * t), text, rope, tokens)
     error = (v - (noise - x0)).square().mean(1)
-    weight = 1 + 3 * batch["mask"].float().clamp(max=1) * (t < 0.7).float().view(-1, 1, 1, 1)
+    weight = 1 + 3 * batch["mask"].float().clamp(max=1) * (shown | (t < 0.7)).float().view(-1, 1, 1, 1)
     flow = (error * weight).mean()
     report = {"flow": float(error.detach().mean())}
     if aux:

@@ -95,11 +95,13 @@ class Batches:
             elif kind < 0.3:
                 clip[:, :-1] = 0
             elif kind < 0.4:
+                clip[:, 1:-1] = 0
+            elif kind < 0.45:
                 clip[:, torch.from_numpy(self.rng.random(clip.shape[1]) < 0.5)] = 0
-            elif kind < 0.5:
+            elif kind < 0.55:
                 x0, y0 = self.rng.integers(0, clip.shape[-1] // 2, 2)
                 clip[:, :, y0 : y0 + clip.shape[-2] // 2, x0 : x0 + clip.shape[-1] // 2] = 0
-            elif kind < 0.55:
+            elif kind < 0.6:
                 clip[:] = 0
         return video
 
