@@ -167,7 +167,10 @@ class Examples:
         return np.searchsorted(self.share_up_to, place, side="right")
 
     def vace_context(self, batch: dict[str, Tensor]) -> Tensor:
-        """A random VACE task for each clip: what is kept, what is to be made, and the mask, [B, 96, F', H/8, W/8]."""
+        """A random VACE task for each clip: what is kept, what is to be made, and the mask, [B, 96, F', H/8, W/8].
+
+        The batch is told which clips anything is "shown" of, [B].
+        """
         shown = []
         for i in batch["index"].tolist():
             shard, row = self.shards[i // data.SHARD], i % data.SHARD
@@ -176,7 +179,6 @@ class Examples:
                 shown.append(tasks.task("text", self.rng, shard.frames[row], boxes))
             else:
                 shown.append(tasks.random_task(self.rng, shard.frames[row], boxes))
-        batch["shown"] = torch.tensor([s.guides or not s.mask.all() for s in shown])
         n, shape = len(shown), shown[0].frames.shape
         mask = torch.from_numpy(np.stack([s.mask for s in shown]))[:, None]
         kept = self.nothing(shape[:3]).repeat(n, 1, 1, 1, 1)
@@ -184,6 +186,8 @@ class Examples:
         # Most clips show nothing of one of the two, whose code is always the same.
         keeps = [i for i, s in enumerate(shown) if not s.mask.all()]
         makes = [i for i, s in enumerate(shown) if s.guides]
+        batch["shown"] = torch.zeros(n, dtype=torch.bool)
+        batch["shown"][[*keeps, *makes]] = True
         if keeps:
             kept[keeps] = self._condition(
                 _video(np.stack([shown[i].frames for i in keeps])) * (1 - mask[keeps])

@@ -94,7 +94,9 @@ def test_vace_context_is_the_code_of_what_is_kept_and_what_is_made(
     given = iter(shown)
     monkeypatch.setattr(tasks, "random_task", lambda *_: next(given))
     monkeypatch.setattr(train_dit, "PAIRS_BY_TEXT", 0.0)
-    context = examples.vace_context({"index": torch.arange(3)})
+    batch = {"index": torch.arange(3)}
+    context = examples.vace_context(batch)
+    assert batch["shown"].tolist() == [s.guides or not s.mask.all() for s in shown]
     video = torch.from_numpy(np.stack([s.frames for s in shown])).permute(0, 4, 1, 2, 3) / 127.5 - 1
     mask = torch.from_numpy(np.stack([s.mask for s in shown]))[:, None]
     assert context.shape == (3, 96, 3, 4, 4)
